@@ -1,0 +1,1 @@
+"""Backends: each carries plans out on real tensors. They import nothing from each other."""

@@ -1,0 +1,117 @@
+"""The array protocol in Keras 3 operations; where a backend has a better primitive, that one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import keras
+import numpy as np
+from keras import ops
+
+Array = Any
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+class KerasArrays:
+    """See `blockkit.arrays.Arrays`. Tensors are the Keras backend's own."""
+
+    def __init__(self) -> None:
+        self.name = str(keras.backend.backend())
+
+    def asarray(self, value: Any, dtype: str) -> Array:
+        return ops.convert_to_tensor(value, dtype=dtype)
+
+    def to_numpy(self, value: Array) -> np.ndarray:
+        return np.asarray(ops.convert_to_numpy(value))
+
+    def cast(self, value: Array, dtype: str) -> Array:
+        return value if self.dtype_of(value) == dtype else ops.cast(value, dtype)
+
+    def dtype_of(self, value: Array) -> str:
+        return str(keras.backend.standardize_dtype(value.dtype))
+
+    def linear(self, z: Array, weight: Array) -> Array:
+        """z W^T without a transposed copy of W."""
+        if self.name == "torch":
+            from torch.nn.functional import linear
+
+            return linear(z, weight)
+        if self.name == "tensorflow":
+            import tensorflow as tf
+
+            return tf.linalg.matmul(z, weight, transpose_b=True)
+        return ops.einsum("ti,oi->to", z, weight)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return ops.matmul(a, b)
+
+    def transpose(self, value: Array, axes: Sequence[int]) -> Array:
+        return ops.transpose(value, axes)
+
+    def reshape(self, value: Array, shape: Sequence[int]) -> Array:
+        return ops.reshape(value, tuple(shape))
+
+    def concatenate(self, values: Sequence[Array], axis: int) -> Array:
+        return ops.concatenate(list(values), axis=axis)
+
+    def take_rows(self, table: Array, rows: Array) -> Array:
+        return ops.take(table, rows, axis=0)
+
+    def where(self, condition: Array, a: Any, b: Any) -> Array:
+        return ops.where(condition, a, b)
+
+    def mean(self, value: Array) -> Array:
+        return ops.mean(value, axis=-1, keepdims=True)
+
+    def rsqrt(self, value: Array) -> Array:
+        return ops.rsqrt(value)
+
+    def exp(self, value: Array) -> Array:
+        return ops.exp(value)
+
+    def tanh(self, value: Array) -> Array:
+        return ops.tanh(value)
+
+    def erf(self, value: Array) -> Array:
+        return ops.erf(value)
+
+    def cos(self, value: Array) -> Array:
+        return ops.cos(value)
+
+    def sin(self, value: Array) -> Array:
+        return ops.sin(value)
+
+    def maximum(self, value: Array, bound: float) -> Array:
+        return ops.maximum(value, bound)
+
+    def sigmoid(self, value: Array) -> Array:
+        return ops.sigmoid(value)
+
+    def softmax(self, value: Array) -> Array:
+        return ops.softmax(value, axis=-1)
+
+    def jit(self, function: Fn) -> Fn:
+        """Compiles where the backend can: XLA on JAX, a graph on TensorFlow; PyTorch runs as it is."""
+        if self.name == "jax":
+            import jax
+
+            return jax.jit(function)  # type: ignore[no-any-return]
+        if self.name == "tensorflow":
+            import tensorflow as tf
+
+            return tf.function(function, autograph=False)  # type: ignore[no-any-return]
+        return _without_gradients(function)
+
+
+def _without_gradients(function: Fn) -> Fn:
+    import functools
+
+    import torch
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with torch.no_grad():
+            return function(*args)
+
+    return run  # type: ignore[return-value]

@@ -1,0 +1,122 @@
+"""The public functions: load a spec, ask whether it is patchable, plan the patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import catalog
+from .architecture import Architecture, Block
+from .errors import BadInput
+from .graph import Graph
+from .plan import Plan, make_plan
+from .sizes import Capacity
+from .spec import architecture_from, graph_from, read_document, schema
+from .planner import Obstruction
+from .verdict import Verdict, judge
+
+__all__ = ["check", "load", "plan", "schema"]
+
+Spec = str | Path | Architecture | Block | Graph
+
+
+def load(spec: Spec) -> Architecture | Graph:
+    """An architecture or a raw graph.
+
+    Args:
+        spec: a catalogue name (`gemma3-270m`), a YAML or JSON file, `hf:PATH` for a Hugging Face
+            `config.json` (or its folder), or what `Block`, `Architecture` or `Graph` built.
+
+    Raises:
+        BadInput: unknown, malformed or unsupported; the message says what is allowed.
+    """
+    if isinstance(spec, Architecture | Graph):
+        return spec
+    if isinstance(spec, Block):
+        return Architecture("block", spec.width, {"block": spec})
+    text = str(spec)
+    if text.startswith("hf:"):
+        from .checkpoint import architecture_from_config
+
+        return architecture_from_config(Path(text.removeprefix("hf:")))
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        document, place = read_document(path)
+        if isinstance(document, Mapping) and "graph" in document:
+            return graph_from(document["graph"], place.at("graph", document["graph"]))
+        return architecture_from(document, place)
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; for a Hugging Face checkpoint write hf:{path}")
+    return catalog.load(text)
+
+
+def check(spec: Spec, only: Iterable[str] = (), freeze: Iterable[str] = (), tokens: int | None = None) -> Verdict:
+    """Whether a context can be absorbed, exactly, into the parameters that may move.
+
+    Args:
+        only, freeze: globs of parameter names; only those matched by `only` and not by `freeze` move.
+        tokens: how many tokens one static patch must serve; None for whatever the routes can.
+
+    Raises:
+        BadInput: the spec cannot be read, or a glob matches nothing.
+    """
+    verdicts = {kinds: judge(graph, _positive(tokens)) for kinds, graph in _distinct(spec, only, freeze).items()}
+    return _together(verdicts)
+
+
+def plan(
+    spec: Spec,
+    strategy: str = "stable",
+    only: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    tokens: int | None = None,
+) -> Plan:
+    """The plan of a strategy for the block (for a model with different blocks: of its first kind).
+
+    Raises:
+        BadInput: the spec cannot be read, an unknown strategy, or a glob that matches nothing.
+        NotPatchable: the strategy has no route; the message says which have.
+    """
+    graphs = _distinct(spec, only, freeze)
+    plans = [make_plan(graph, strategy, _positive(tokens)) for graph in graphs.values()]
+    return plans[0]
+
+
+def _positive(tokens: int | None) -> int | None:
+    if tokens is not None and tokens < 1:
+        raise BadInput(f"tokens must be at least 1, got {tokens}")
+    return tokens
+
+
+def _distinct(spec: Spec, only: Iterable[str], freeze: Iterable[str]) -> dict[tuple[str, ...], Graph]:
+    """The graphs that differ for the planner, with the kinds of blocks that share each."""
+    loaded = load(spec)
+    if isinstance(loaded, Graph):
+        return {("graph",): loaded.restricted(only, freeze)}
+    found: dict[Any, tuple[list[str], Graph]] = {}
+    for kind, graph in loaded.graphs.items():
+        found.setdefault(_planning_key(graph), ([], graph))[0].append(kind)
+    return {tuple(kinds): graph.restricted(only, freeze) for kinds, graph in found.values()}
+
+
+def _planning_key(graph: Graph) -> Any:
+    """What the planner sees of a graph: the settings inside mixing nodes play no part."""
+    nodes = tuple((n.name, n.op.kind if n.op.mixing else n.op, n.args) for n in graph.nodes)
+    return graph.input, graph.output, graph.width, graph.parameters, nodes
+
+
+def _together(verdicts: dict[tuple[str, ...], Verdict]) -> Verdict:
+    """One verdict for a model of several kinds of blocks: as good as the worst of them."""
+    if len(verdicts) == 1:
+        return next(iter(verdicts.values()))
+    answers = [v.patchable for v in verdicts.values()]
+    patchable = False if False in answers else None if None in answers else True
+    capacity = Capacity()
+    for v in verdicts.values():
+        capacity = capacity & v.capacity
+    common = [r for r in next(iter(verdicts.values())).routes if all(r in v.routes for v in verdicts.values())]
+    reasons = [
+        Obstruction(o.node, f"{'/'.join(kinds)}: {o.reason}") for kinds, v in verdicts.items() for o in v.obstructions
+    ]
+    return Verdict(patchable, capacity, tuple(common), tuple(reasons))

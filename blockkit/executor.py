@@ -1,0 +1,180 @@
+"""Running a whole model layer by layer: the abstract executor over which Algorithm 1 is written.
+
+A backend supplies an `Arrays` value and the parameters as its own arrays; nothing else differs.
+`reference` is the NumPy executor, oracle of every test and the default where nothing is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .architecture import Architecture
+from .arrays import Array, Arrays, NumpyArrays, wide_dtype
+from .attention import Attend
+from .checkpoint import Model, slots, stored_name
+from .errors import BadInput
+from .evaluate import evaluate
+from .graph import Graph, Node
+from .layout import Layout, Past
+from .overlay import Change, MatrixChange, Overlay, VectorChange
+
+Overlays = Mapping[int, Overlay]  # by layer
+
+
+@dataclass
+class Executor:
+    """A model that can be run block by block.
+
+    Attributes:
+        architecture: what is run.
+        arrays: the backend's primitives.
+        parameters: every slot's values, as the backend's arrays.
+        dtype: in which weights and activations are held.
+    """
+
+    architecture: Architecture
+    arrays: Arrays
+    parameters: Mapping[str, Array]
+    dtype: str
+    _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def depth(self) -> int:
+        return self.architecture.depth or 0
+
+    def graph(self, layer: int) -> Graph:
+        return self.architecture.graphs[self.architecture.kind_at(layer)]
+
+    def stored(self, layer: int, parameter: str) -> np.ndarray:
+        """A parameter's values as float64."""
+        value = self.parameters[stored_name(self.architecture, layer, parameter)]
+        return self.host(value)
+
+    def host(self, value: Array) -> np.ndarray:
+        """Any array as float64 NumPy."""
+        return np.asarray(self.arrays.to_numpy(self.arrays.cast(value, wide_dtype(self.dtype))), np.float64)
+
+    def embed(self, ids: np.ndarray, positions: np.ndarray) -> Array:
+        """Token ids `[tokens]` at `positions [tokens]` -> residual stream `[tokens, d_model]`.
+
+        Raises:
+            BadInput: an id outside the vocabulary or a position outside the model's window.
+        """
+        spec = self.architecture.embedding
+        table = self.parameters["embedding"]
+        for what, values, limit in (("token id", ids, int(table.shape[0])), ("position", positions, self.window)):
+            if len(values) and not 0 <= values.min() <= values.max() < limit:
+                raise BadInput(f"a {what} is {int(values.max())}; it must be from 0 to {limit - 1}")
+        xp = self.arrays
+        stream = xp.take_rows(table, xp.asarray(ids, "int32"))
+        scale = self.architecture.number(spec.scale) if spec else None
+        if scale is not None:
+            stream = stream * xp.cast(xp.asarray(scale, wide_dtype(self.dtype)), self.dtype)
+        if "positions" in self.parameters:
+            stream = stream + xp.take_rows(self.parameters["positions"], xp.asarray(positions, "int32"))
+        return stream
+
+    @property
+    def window(self) -> int:
+        """The longest sequence: positions run from 0 to window - 1."""
+        length = self.architecture.context_length
+        known = self.architecture.size(length).known if length is not None else None
+        return known if known is not None else 1 << 31
+
+    def block(
+        self,
+        layer: int,
+        known: Mapping[str, Array],
+        wants: Iterable[str],
+        layout: Layout,
+        overlay: Overlay | None = None,
+        merge: bool = False,
+    ) -> dict[str, Array]:
+        """Values of a block's nodes; see `blockkit.evaluate.evaluate`. Compiled once per kind and request."""
+        kind, wants = self.architecture.kind_at(layer), tuple(wants)
+        changes = overlay or {}
+        flags = tuple((n, type(c).__name__, c.per_token) for n, c in sorted(changes.items()))
+        key = (kind, wants, tuple(sorted(known)), layout.segments, flags, merge, tuple(sorted(layout.past)))
+        if key not in self._compiled:
+            self._compiled[key] = self.arrays.jit(self._program(kind, wants, layout.segments, flags, merge))
+        stored = {
+            p.name: self.parameters[stored_name(self.architecture, layer, p.name)]
+            for p in self.graph(layer).parameters
+        }
+        past = {n: (p.args, p.positions) for n, p in layout.past.items()}
+        factors = {n: self._factors(c) for n, c in changes.items()}
+        found: dict[str, Array] = self._compiled[key](stored, dict(known), layout.positions, factors, past)
+        return found
+
+    def _program(
+        self, kind: str, wants: tuple[str, ...], segments: tuple[int, ...], flags: tuple[Any, ...], merge: bool
+    ) -> Any:
+        graph, xp = self.architecture.graphs[kind], self.arrays
+
+        def program(stored: Any, known: Any, positions: Any, factors: Any, past: Any) -> dict[str, Array]:
+            before = {n: Past(tuple(args), at) for n, (args, at) in past.items()}
+            layout = Layout(positions, segments, before)
+            overlay: dict[str, Change] = {
+                name: MatrixChange(*factors[name], per_token) if matrix == "MatrixChange"
+                else VectorChange(*factors[name], per_token)
+                for name, matrix, per_token in flags
+            }  # fmt: skip
+
+            def mixer(node: Node, args: list[Any], at: Layout) -> Array:
+                if isinstance(node.op, Attend):
+                    return node.op.attend(xp, args, at, at.past.get(node.name))
+                return node.op.forward(xp, args, at)
+
+            return evaluate(graph, xp, stored, known, wants, layout, overlay, merge, mixer)
+
+        return program
+
+    def _factors(self, change: Change) -> tuple[Array, ...]:
+        parts = (change.left, change.right) if isinstance(change, MatrixChange) else (change.delta,)
+        wide = wide_dtype(self.dtype)
+        return tuple(self.arrays.asarray(p, wide) for p in parts)
+
+    def logits(self, stream: Array) -> Array:
+        """Residual stream `[tokens, d_model]` -> logits `[tokens, vocabulary]`."""
+        if "logits" not in self._compiled:
+            self._compiled["logits"] = self.arrays.jit(self._logits_program())
+        stored = {n: v for n, v in self.parameters.items() if n.startswith("final.")}
+        table = self.parameters["embedding" if self.architecture.tied else "head"]
+        return self._compiled["logits"](stored, table, stream)
+
+    def _logits_program(self) -> Any:
+        final = self.architecture.final
+        if final is None or self.architecture.head is None:
+            raise BadInput(f"{self.architecture.name} has no final norm and head: it is not a whole model")
+        graph, xp = self.architecture.graph_of(final), self.arrays
+        cap = self.architecture.number(self.architecture.head.softcap)
+
+        def program(stored: Any, table: Any, stream: Any) -> Array:
+            named = {n.removeprefix("final."): v for n, v in stored.items()}
+            layout = Layout(None, (int(stream.shape[0]),))
+            normed = evaluate(graph, xp, named, {graph.input: stream}, [graph.output], layout)[graph.output]
+            logits = xp.linear(normed, table)
+            return logits if cap is None else cap * xp.tanh(logits / cap)
+
+        return program
+
+    def positions(self, values: np.ndarray) -> Array:
+        return self.arrays.asarray(values, "int32")
+
+
+def reference(model: Model, dtype: str = "float64") -> Executor:
+    """The NumPy executor of a model on disk.
+
+    Raises:
+        BadInput: a dtype that NumPy does not have.
+    """
+    if dtype not in ("float32", "float64"):
+        raise BadInput(f"the numpy backend runs in float32 or float64, not {dtype}")
+    arrays = NumpyArrays()
+    names = [name for name, _ in slots(model.architecture)]
+    parameters = {n: np.asarray(model.parameter(n), dtype=dtype) for n in names}
+    return Executor(model.architecture, arrays, parameters, dtype)

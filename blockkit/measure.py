@@ -1,0 +1,48 @@
+"""What a patch's error is judged against: the unpatched model and the recompute floor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .algorithm import Absorbed, Request, run_query
+from .executor import Executor
+from .metrics import Comparison, compare
+from .run import fill_cache, logits_of, run_stream
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a patch's error is judged against, for the same model, dtype and tokens.
+
+    Attributes:
+        unpatched: the model without the context and without a patch.
+        factored: the edited model with its changes kept as factors; None where that is what was run.
+        floor: two contextual runs that are equal on paper, with and without the key-value cache.
+        without: logits of the unpatched run, `[served, vocabulary]`.
+    """
+
+    unpatched: Comparison
+    factored: Comparison | None
+    floor: Comparison
+    without: np.ndarray
+
+
+def measure(executor: Executor, absorbed: Absorbed) -> Reference:
+    """Runs the unpatched model, the factored patch and the cached contextual model."""
+    request, first = absorbed.request, absorbed.request.served[0]
+    without = logits_of(executor, run_query(executor, request, None)[first:])
+    factored = None
+    if request.merge:
+        kept = run_query(executor, request, absorbed.overlays, merge=False)[first:]
+        factored = compare(logits_of(executor, kept), absorbed.contextual)
+    floor = compare(recomputed(executor, request), absorbed.contextual)
+    return Reference(compare(without, absorbed.contextual), factored, floor, without)
+
+
+def recomputed(executor: Executor, request: Request) -> np.ndarray:
+    """The contextual logits again, the query running behind a cache of the context. `[served, vocabulary]`."""
+    cache = fill_cache(executor, request.context, np.arange(len(request.context)))
+    stream = run_stream(executor, request.query, request.positions, cache=cache)
+    return logits_of(executor, stream[request.served[0] :])

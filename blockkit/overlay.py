@@ -1,0 +1,95 @@
+"""Changes of parameters, kept beside the originals as factors, and how a run applies them.
+
+A change is small: two thin factors for a matrix, a vector for a vector. *Factored* application adds
+the change to the result, y = W z + U^T (V z), and never forms a dense matrix. *Merged* application
+rounds W + U^T V to the weight's dtype first, as a saved checkpoint would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array, Arrays, wide_dtype
+from .graph import Node
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class MatrixChange:
+    """dW = left^T right. `left [rank, d_out]`, `right [rank, d_in]`; per token, row t serves token t alone."""
+
+    left: Any
+    right: Any
+    per_token: bool = False
+
+
+@dataclass(frozen=True)
+class VectorChange:
+    """A shift `[width]` of a vector; per token `[tokens, width]`."""
+
+    delta: Any
+    per_token: bool = False
+
+
+Change = MatrixChange | VectorChange
+Overlay = Mapping[str, Change]
+
+
+def plus(first: Change | None, second: Change) -> Change:
+    """The sum of two changes of one parameter; factors that read the same directions are added in place."""
+    if first is None:
+        return second
+    if isinstance(first, MatrixChange) and isinstance(second, MatrixChange):
+        if np.array_equal(first.right, second.right):
+            return MatrixChange(first.left + second.left, second.right, second.per_token)
+        if not second.per_token:
+            left, right = (np.concatenate([a, b]) for a, b in ((first.left, second.left), (first.right, second.right)))
+            return MatrixChange(left, right)
+    elif isinstance(first, VectorChange) and isinstance(second, VectorChange):
+        return VectorChange(first.delta + second.delta, second.per_token)
+    raise TypeError("these two changes do not add up")
+
+
+def dense(weight: np.ndarray, change: Change) -> np.ndarray:
+    """The changed parameter, float64, of the original `weight` (a static change)."""
+    wide = weight.astype(np.float64)
+    if isinstance(change, MatrixChange):
+        return wide + np.asarray(change.left, np.float64).T @ np.asarray(change.right, np.float64)
+    return wide + np.asarray(change.delta, np.float64)
+
+
+def merged(xp: Arrays, weight: Array, change: Change) -> Array:
+    """The changed parameter, rounded to the weight's own dtype, computed where the weight lives."""
+    dtype = xp.dtype_of(weight)
+    wide = xp.cast(weight, wide_dtype(dtype))
+    if isinstance(change, MatrixChange):
+        return xp.cast(wide + xp.matmul(xp.transpose(change.left, (1, 0)), change.right), dtype)
+    return xp.cast(wide + change.delta, dtype)
+
+
+def changed_forward(
+    xp: Arrays, node: Node, args: Sequence[Any], layout: Layout, position: int, change: Change, merge: bool
+) -> Array:
+    """The node's value with the parameter at `position` changed; the other arguments are as given."""
+    if merge and not change.per_token:
+        return node.op.forward(xp, _replaced(args, position, merged(xp, args[position], change)), layout)
+    dtype = xp.dtype_of(args[1 - position])
+    wide = wide_dtype(dtype)
+    if isinstance(change, VectorChange):
+        shifted = xp.cast(args[position], wide) + change.delta
+        others = [xp.cast(a, wide) for a in args]
+        return xp.cast(node.op.forward(xp, _replaced(others, position, shifted), layout), dtype)
+    z = xp.cast(args[0], wide)
+    if change.per_token:
+        added = xp.mean(z * change.right) * int(z.shape[-1]) * change.left
+    else:
+        added = xp.matmul(xp.linear(z, change.right), change.left)
+    return xp.cast(xp.cast(node.op.forward(xp, args, layout), wide) + added, dtype)
+
+
+def _replaced(args: Sequence[Any], position: int, value: Any) -> list[Any]:
+    return [value if i == position else a for i, a in enumerate(args)]

@@ -1,0 +1,163 @@
+"""Choosing a route, and showing it: the plan as numbered assignments with shapes, laws and sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import BadInput, NotPatchable
+from .graph import Graph
+from .laws import Action
+from .ops import show_shape
+from .planner import Planner, Route, Step
+from .sizes import Size
+from .verdict import routes_of
+
+Strategy = Literal["paper", "minimal", "matrix", "stable", "joint"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One assignment of a plan, in words. `rank` counts rank-1 terms per token set; None for a vector."""
+
+    parameter: str
+    law: str
+    formula: str
+    rank: int | None
+    conditions: tuple[str, ...]
+    source: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parameters to solve for, in order, and what each solution is.
+
+    Attributes:
+        strategy: how the route was chosen.
+        steps: the assignments in words.
+        numbers_stored: how many numbers the factored patch of one block holds.
+        route: the same, for the solver.
+    """
+
+    strategy: str
+    steps: tuple[PlanStep, ...]
+    numbers_stored: Size
+    route: Route
+    graph: Graph
+
+
+def make_plan(graph: Graph, strategy: str = "stable", tokens: int | None = None) -> Plan:
+    """The plan that `strategy` prefers among the routes that serve `tokens` tokens.
+
+    - `paper`: restore every inner projection, then steer the outermost parameter;
+    - `minimal`: the fewest stored numbers;
+    - `matrix`: matrices only, so that it can travel as a LoRA adapter;
+    - `stable`: best conditioned: a bias, else a matrix, else a matrix for the direction and the
+      norm's scale for the rest, else the scale alone;
+    - `joint`: the largest capacity, for one static patch that serves many tokens.
+
+    Raises:
+        BadInput: an unknown strategy.
+        NotPatchable: no route fits; the message says which strategies have one.
+    """
+    if strategy not in STRATEGIES:
+        raise BadInput(f"unknown strategy {strategy!r}; allowed are {', '.join(STRATEGIES)}")
+    if graph.output not in graph.contextual:
+        return _described(strategy, Route((), "nothing to do"), graph, tokens)
+    planner = Planner(graph)
+    offered = offers(planner, tokens)
+    if strategy not in offered:
+        have = ", ".join(offered) or "none of the strategies"
+        limit = f" for {tokens} tokens with one static patch" if tokens else ""
+        raise NotPatchable(f"strategy {strategy!r} has no route{limit}; {have} can do it")
+    return _described(strategy, offered[strategy], graph, tokens)
+
+
+def offers(planner: Planner, tokens: int | None = None) -> dict[str, Route]:
+    """Each strategy's route, for those that have one. Routes with only generic conditions go first."""
+    routes = [r for r in routes_of(planner) if tokens is None or r.capacity.serves(tokens) is not False]
+    routes.sort(key=lambda r: r.conditional)
+    single = [r for r in routes if len(r.steps) == 1 or not r.steps[0].exact] or routes
+    paper = planner.paper_route() or planner.joined_route()
+    matrix = [r for r in routes if all(s.is_matrix for s in r.steps)]
+    chosen: dict[str, Route] = {}
+
+    def outward(route: Route) -> int:
+        return -max(planner.graph.index[s.goal] for s in route.steps)
+
+    if paper is not None and (tokens is None or paper.capacity.serves(tokens) is not False):
+        chosen["paper"] = paper
+    rules: dict[str, tuple[list[Route], Callable[[Route], object]]] = {
+        "minimal": (single, lambda r: (r.conditional, r.numbers.estimate())),
+        "matrix": (matrix, lambda r: (r.conditional, len(r.steps), r.numbers.estimate())),
+        "stable": (single, lambda r: (r.conditional, outward(r), _roughness(r))),
+        "joint": (matrix, lambda r: (r.conditional, _roughness(r), -r.capacity.estimate())),
+    }
+    for name, (candidates, cost) in rules.items():
+        if candidates:
+            chosen[name] = min(candidates, key=cost)  # type: ignore[arg-type]
+    return {s: chosen[s] for s in STRATEGIES if s in chosen}
+
+
+def _roughness(route: Route) -> int:
+    """How far rounding can be amplified: a bias not at all, a scale by 1/min|u|, a pseudo-inverse most."""
+    if any(not s.exact for s in route.steps):
+        return 2
+    actions = {link.law.action for s in route.steps for link in s.path}
+    if actions & {Action.THROUGH, Action.INVERT}:
+        return 4
+    return 3 if Action.DIVIDE in actions else 1 if Action.WEIGHT in actions else 0
+
+
+def _described(strategy: str, route: Route, graph: Graph, tokens: int | None) -> Plan:
+    paired = any(not s.exact for s in route.steps)
+    steps = []
+    for step in route.steps:
+        parameter = graph.parameter[step.parameter]
+        steps.append(
+            PlanStep(
+                parameter=step.parameter,
+                law=step.law.name,
+                formula=f"{_solution(step, graph)}, {_aim(step, paired)}",
+                rank=(tokens or 1) if step.is_matrix else None,
+                conditions=tuple(str(c) for c in step.conditions),
+                source=_step_source(step, graph),
+                shape=show_shape(parameter.shape),
+            )
+        )
+    return Plan(strategy, tuple(steps), route.numbers, route, graph)
+
+
+def _aim(step: Step, paired: bool) -> str:
+    if not step.exact:
+        return f"which brings {step.goal} as near its contextual value as a direction can"
+    if paired:
+        return f"for what the direction left of {step.goal}"
+    return f"so that {step.goal} takes its contextual value"
+
+
+def _solution(step: Step, graph: Graph) -> str:
+    """The assignment with the graph's own names; `n_C` is the contextual value of node n."""
+    link = step.path[-1]
+    last, action = graph.node[link.node], link.law.action
+    if len(step.path) == 1:
+        change = f"({step.goal}_C - {step.goal})"
+    else:
+        change = f"d_{last.name}({step.goal}_C - {step.goal})"  # the residual, pulled back through the path
+    if action is Action.WEIGHT:
+        z = last.args[0]
+        return f"{step.parameter} += {change} {z}^T / |{z}|^2"
+    if action is Action.DIVIDE:
+        return f"{step.parameter} += {change} / {last.args[1 - link.position]}"
+    return f"{step.parameter} += {change}"
+
+
+def _step_source(step: Step, graph: Graph) -> str:
+    if not step.exact:
+        return "Theorem 1, stable construction (closest unit-RMS direction)"
+    if step.is_matrix and len(step.path) == 1 and step.goal != graph.output:
+        return "Lemmas 6 and 7 (input side: restore the projection)"
+    return step.law.source

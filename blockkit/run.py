@@ -1,0 +1,66 @@
+"""An ordinary run of a model, edited or not, with or without a cache of earlier tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .arrays import Array
+from .executor import Executor, Overlays
+from .graph import Graph
+from .layout import Layout, Past
+
+Cache = Mapping[int, Mapping[str, Past]]
+
+
+def run_stream(
+    executor: Executor,
+    ids: np.ndarray,
+    positions: np.ndarray,
+    overlays: Overlays | None = None,
+    merge: bool = True,
+    cache: Cache | None = None,
+) -> Array:
+    """The residual stream `[tokens, d_model]` after the last block, for `ids [tokens]` at `positions`.
+
+    `overlays` are changed parameters by layer; every token runs through them. With `cache`, the
+    tokens also see the earlier ones that it remembers.
+    """
+    stream = executor.embed(ids, positions)
+    at = executor.positions(positions)
+    for layer in range(executor.depth):
+        graph = executor.graph(layer)
+        layout = Layout(at, (len(ids),), cache[layer] if cache else {})
+        overlay = (overlays or {}).get(layer)
+        stream = executor.block(layer, {graph.input: stream}, [graph.output], layout, overlay, merge)[graph.output]
+    return stream
+
+
+def fill_cache(executor: Executor, ids: np.ndarray, positions: np.ndarray) -> Cache:
+    """What later tokens need of these: for each mixing node its arguments' rows."""
+    stream = executor.embed(ids, positions)
+    at = executor.positions(positions)
+    cache: dict[int, dict[str, Past]] = {}
+    for layer in range(executor.depth):
+        graph = executor.graph(layer)
+        wanted = mixing_arguments(graph)
+        wants = sorted({graph.output, *(a for args in wanted.values() for a in args)})
+        values = executor.block(layer, {graph.input: stream}, wants, Layout(at, (len(ids),)))
+        cache[layer] = {n: Past(tuple(values[a] for a in args), at) for n, args in wanted.items()}
+        stream = values[graph.output]
+    return cache
+
+
+def mixing_arguments(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """The signals (not the parameters) that each mixing node reads."""
+    return {
+        n.name: tuple(a for a in n.args if a not in graph.parameter) for n in graph.nodes if n.op.mixing
+    }
+
+
+def logits_of(executor: Executor, stream: Array) -> np.ndarray:
+    """Logits `[tokens, vocabulary]` on the host, in at least float32."""
+    value = executor.logits(stream)
+    wide = "float64" if executor.dtype == "float64" else "float32"
+    return np.asarray(executor.arrays.to_numpy(executor.arrays.cast(value, wide)))

@@ -1,0 +1,243 @@
+"""The numbers of a step: the residual at the goal, pulled back along the laws to the parameter.
+
+Written once, in float64 NumPy, for every backend: the laws touch vectors of one token (or a few),
+never whole activations, and float64 is not to be had on every device. Nothing is divided by zero or
+by a stand-in for zero: a condition that does not hold raises `ConditionViolated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ConditionViolated
+from .graph import Graph, Node
+from .laws import Action
+from .ops import LEAK, Activation, Add, Multiply, RMSNorm, Scale, Slice
+from .overlay import Change, MatrixChange, VectorChange
+from .planner import Step
+from .sphere import closest_unit_rms
+
+Rows = np.ndarray  # [tokens, width], float64
+STEADY = 8.0  # how far a steered direction outweighs what the norm read before: damps rounding by as much
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a step needs of the two runs, rows being the tokens to serve.
+
+    Attributes:
+        contextual: values of the contextual run, `[tokens, width]` by node name.
+        reduced: actual values of the reduced run under the steps before this one.
+        stored: fetches a parameter as the reduced run uses it: `[d_out, d_in]` or `[width]`.
+        eps: the rounding unit of the dtype in which the model runs.
+    """
+
+    contextual: Mapping[str, Rows]
+    reduced: Mapping[str, Rows]
+    stored: Callable[[str], np.ndarray]
+    eps: float
+
+
+def reads(step: Step, graph: Graph) -> frozenset[str]:
+    """The node values (and the input) that `solve_step` wants from the reduced run."""
+    names = {step.goal}
+    for link in step.path:
+        node = graph.node[link.node]
+        names.add(link.node)
+        names.update(a for a in node.args if a not in graph.parameter)
+    return frozenset(names)
+
+
+def asks(step: Step, graph: Graph) -> frozenset[str]:
+    """The node values that `solve_step` wants from the contextual run."""
+    turned = {
+        graph.node[link.node].args[0] for link in step.path if link.law.action is Action.DIRECTION
+    }
+    return frozenset({step.goal, *turned})
+
+
+def solve_step(step: Step, graph: Graph, run: Operands, per_token: bool) -> Change:
+    """The change of `step.parameter` that gives `step.goal` its contextual value.
+
+    Raises:
+        ConditionViolated: a value condition of a law does not hold.
+    """
+    pull = _Pull(step, graph, run)
+    for link, below in zip(step.path[:-1], step.path[1:], strict=True):
+        pull.through(link.node, link.position, link.law.action, below.law.action)
+    last = graph.node[step.path[-1].node]
+    if step.law.action is Action.WEIGHT:
+        wanted = pull.flush(last.name)
+        return _weight_change(step, last, pull.value(last.args[0]), wanted, per_token)
+    pull.through(last.name, step.path[-1].position, step.law.action, None)
+    delta = pull.flush(last.name)
+    return VectorChange(delta if per_token else _common(step, last, delta), per_token)
+
+
+class _Pull:
+    """A residual on its way upstream; linear laws are collected and inverted together."""
+
+    def __init__(self, step: Step, graph: Graph, run: Operands) -> None:
+        self.step, self.graph, self.run = step, graph, run
+        target, actual = run.contextual[step.goal], run.reduced[step.goal]
+        residual = target - actual
+        self.residual = np.where(np.abs(residual) <= self._rounding(target), 0.0, residual)
+        self.matrix: np.ndarray | None = None  # [rows, width], or [tokens, rows, width]
+        self.diagonal: np.ndarray | float = 1.0  # [tokens, width], right of the matrix
+
+    def value(self, name: str) -> Rows:
+        if name in self.graph.parameter:
+            rows = len(self.residual)
+            return np.broadcast_to(self.run.stored(name), (rows, *self.run.stored(name).shape))
+        return self.run.reduced[name]
+
+    def _rounding(self, target: Rows) -> Rows:
+        """What rounding alone may have left at the goal: nothing smaller is worth dividing by anything."""
+        size = np.abs(target)
+        for link in self.step.path:
+            node = self.graph.node[link.node]
+            if not isinstance(node.op, Add):
+                break
+            for position, arg in enumerate(node.args):
+                if position != link.position and arg not in self.graph.parameter:
+                    size = size + np.abs(self.run.reduced[arg])
+        return self.run.eps * size
+
+    def through(self, name: str, position: int, action: Action, below: Action | None) -> None:
+        """Moves the residual from the result of a node to its argument at `position`."""
+        node = self.graph.node[name]
+        match action:
+            case Action.SHIFT:
+                return
+            case Action.SCALE if isinstance(node.op, Scale):
+                self.diagonal = self.diagonal * node.op.alpha
+            case Action.DIVIDE if below is Action.DIRECTION:
+                self._turn(node, position)
+            case Action.DIVIDE if isinstance(node.op, Multiply):
+                other = self.value(node.args[1 - position])
+                self.diagonal = self.diagonal * (other + node.op.offset if position == 0 else other)
+            case Action.THROUGH:
+                weight = self.run.stored(node.args[1])
+                self.matrix = weight if self.matrix is None else self._folded() @ weight
+                self.diagonal = 1.0
+            case Action.PLACE:
+                self._place(node)
+            case Action.INVERT if isinstance(node.op, Activation):
+                wanted = self.value(name) + self.flush(name)
+                argument = self.value(node.args[0])
+                inverse = np.where(wanted < 0, wanted / LEAK, wanted) if node.op.fn == "leaky_relu" else wanted
+                self.residual = inverse - argument
+            case Action.DIRECTION:
+                return  # done together with the scale above it
+            case _:
+                raise TypeError(f"no rule for {action} at {name}")
+
+    def _folded(self) -> np.ndarray:
+        """The collected linear map with its diagonal multiplied in."""
+        matrix = self.matrix if self.matrix is not None else np.eye(self.residual.shape[1])
+        if isinstance(self.diagonal, float):
+            return matrix * self.diagonal
+        return np.asarray(matrix * self.diagonal[:, None, :])
+
+    def _place(self, node: Node) -> None:
+        """Through a slice: the rest of the argument stays as it is."""
+        self.residual = self.flush(node.name)
+        if isinstance(node.op, Slice):
+            whole = np.zeros((len(self.residual), self.value(node.args[0]).shape[1]))
+            whole[:, node.op.start.known : node.op.stop.known] = self.residual
+            self.residual = whole
+
+    def _turn(self, node: Node, position: int) -> None:
+        """Through scale and norm at once: the unit-RMS direction closest to the target (see `sphere`)."""
+        norm = self.graph.node[node.args[position]]
+        if not isinstance(node.op, Multiply) or not isinstance(norm.op, RMSNorm):
+            raise TypeError(f"{node.name} is not a norm under a scale")
+        wanted = self.value(node.name) + self.flush(node.name)
+        factor = self.value(node.args[1 - position]) + (node.op.offset if position == 0 else 0.0)
+        fed = np.stack([self.run.contextual[norm.args[0]], self.value(norm.args[0])])
+        size = STEADY * np.sqrt(np.mean(fed**2, axis=2, keepdims=True)).max(axis=0)
+        if np.any(size == 0):
+            raise self._violated(norm.args[0], "the norm's input is exactly zero", np.zeros(1, int), 0.0)
+        turned = np.stack([closest_unit_rms(m, g) for m, g in zip(factor, wanted, strict=True)])
+        self.residual = size * turned - self.value(norm.args[0])
+
+    def flush(self, node: str) -> Rows:
+        """Inverts the collected linear map: afterwards the residual is that of the value it acts on."""
+        if self.matrix is None:
+            if isinstance(self.diagonal, np.ndarray):
+                self.residual = self._divided(node, self.residual, self.diagonal)
+            else:
+                self.residual = self.residual / self.diagonal
+        else:
+            folded = self._folded()
+            if folded.ndim == 2:
+                self.residual = self._least_norm(node, folded, self.residual)
+            else:
+                rows = zip(folded, self.residual, strict=True)
+                self.residual = np.stack([self._least_norm(node, m, r[None])[0] for m, r in rows])
+        self.matrix, self.diagonal = None, 1.0
+        return self.residual
+
+    def _divided(self, node: str, residual: Rows, factor: Rows) -> Rows:
+        bad = (factor == 0) & (residual != 0)
+        if bad.any():
+            where = np.flatnonzero(bad.any(axis=0))
+            size = float(np.abs(residual[bad]).max())
+            raise self._violated(node, "a factor is exactly zero where its product has to change", where, size)
+        return np.divide(residual, factor, out=np.zeros_like(residual), where=residual != 0)
+
+    def _least_norm(self, node: str, matrix: np.ndarray, residual: Rows) -> Rows:
+        solution = np.linalg.lstsq(matrix, residual.T, rcond=None)[0].T
+        left = np.abs(solution @ matrix.T - residual)
+        if left.max(initial=0.0) > 1e-6 * np.abs(residual).max(initial=0.0):
+            where = np.flatnonzero((left > 1e-6 * np.abs(residual).max()).any(axis=0))
+            raise self._violated(node, "a known matrix on the way lacks full row rank", where, float(left.max()))
+        return np.asarray(solution)
+
+    def _violated(self, node: str, what: str, where: np.ndarray, size: float) -> ConditionViolated:
+        return _violation(self.step, node, what, where, size)
+
+
+def _violation(step: Step, node: str, what: str, where: np.ndarray, size: float) -> ConditionViolated:
+    shown = tuple(int(i) for i in where[:8])
+    more = f" and {len(where) - 8} more" if len(where) > 8 else ""
+    at = f" (coordinates {', '.join(map(str, shown))}{more})" if shown else ""
+    message = (
+        f"cannot solve for {step.parameter} at node {node!r}: {what}{at}; "
+        f"the change asked for there is {size:.3g}. Choose another strategy"
+    )
+    return ConditionViolated(message, node=node, parameter=step.parameter, coordinates=shown, size=size)
+
+
+def _weight_change(step: Step, node: Node, z: Rows, wanted: Rows, per_token: bool) -> MatrixChange:
+    """Least-norm dW with dW z_t = wanted_t for every token t: rank-1 for one token, jointly for many."""
+    moving = wanted.any(axis=1)
+    zero = moving & ~z.any(axis=1)
+    if zero.any():
+        size = float(np.abs(wanted[zero]).max())
+        raise _violation(step, node.name, f"its input {node.args[0]!r} is exactly zero", np.zeros(0, int), size)
+    if per_token or len(z) == 1:
+        squares = np.sum(z**2, axis=1, keepdims=True)
+        return MatrixChange(wanted, np.divide(z, squares, out=np.zeros_like(z), where=squares > 0), per_token)
+    u, sizes, vt = np.linalg.svd(z, full_matrices=False)
+    kept = sizes > sizes[0] * max(z.shape) * np.finfo(np.float64).eps
+    left = (u[:, kept] / sizes[kept]).T @ wanted
+    right = vt[kept]
+    missed = np.abs(z @ right.T @ left - wanted)
+    if missed.max() > 1e-6 * np.abs(wanted).max():
+        where = np.flatnonzero(missed.max(axis=0) > 1e-6 * np.abs(wanted).max())
+        what = f"the {len(z)} tokens' inputs {node.args[0]!r} have rank {int(kept.sum())} only"
+        raise _violation(step, node.name, what, where, float(missed.max()))
+    return MatrixChange(left, right)
+
+
+def _common(step: Step, node: Node, delta: Rows) -> np.ndarray:
+    """The one shift that serves all tokens, if they ask for the same one."""
+    first = delta[0]
+    differ = np.abs(delta - first).max(axis=0)
+    if differ.max() > 1e-9 * max(1.0, np.abs(first).max()):
+        raise _violation(step, node.name, "the tokens ask for different values", np.flatnonzero(differ), float(differ.max()))
+    return np.asarray(first)

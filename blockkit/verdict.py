@@ -1,0 +1,79 @@
+"""The answer to "is this block patchable?", with the routes that say yes or the reasons that say no."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .graph import Graph
+from .laws import Kind
+from .planner import Obstruction, Planner, Route
+from .sizes import Capacity
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the planner found for one graph.
+
+    Attributes:
+        patchable: True, False, or None where it is unknown or hangs on an open condition or a size.
+        capacity: the most tokens that one static patch of a route can serve.
+        routes: every way to patch, the outermost parameter first.
+        obstructions: why not, where `patchable` is not True.
+    """
+
+    patchable: bool | None
+    capacity: Capacity
+    routes: tuple[Route, ...]
+    obstructions: tuple[Obstruction, ...]
+
+
+def judge(graph: Graph, tokens: int | None = None) -> Verdict:
+    """Whether a context can be absorbed into the free parameters of `graph`, exactly, for `tokens` tokens.
+
+    Three answers. *Yes*: for every context, outside conditions that fail on a set of measure zero.
+    *No*: for some context no values of the free parameters do. *Unknown* (None): neither was derived.
+    """
+    if graph.output not in graph.contextual:
+        return Verdict(True, Capacity(), (Route((), "the output does not depend on the context"),), ())
+    planner = Planner(graph)
+    found = routes_of(planner)
+    routes = tuple(r for r in found if tokens is None or r.capacity.serves(tokens) is not False)
+    sure = [r for r in routes if not r.conditional and (tokens is None or r.capacity.serves(tokens))]
+    best = max(sure or routes, key=lambda r: r.capacity.estimate(), default=None)
+    capacity = best.capacity if best else Capacity.of(0)
+    if sure:
+        return Verdict(True, capacity, routes, ())
+    patchable = False if planner.refuted(tokens) else None
+    return Verdict(patchable, capacity, routes, _reasons(planner, found, tokens))
+
+
+def routes_of(planner: Planner) -> list[Route]:
+    """The routes by one goal, the paper's construction, or, where no single goal does, the joined route."""
+    routes = planner.single_routes()
+    paper = planner.paper_route() if routes else planner.joined_route()
+    if paper is not None and paper not in routes:
+        routes.append(paper)
+    return routes
+
+
+def _reasons(planner: Planner, found: list[Route], tokens: int | None) -> tuple[Obstruction, ...]:
+    reasons = []
+    for route in found:
+        names = ", ".join(route.parameters)
+        if tokens is not None and not route.capacity.serves(tokens):
+            text = f"{names}: one static value serves {route.capacity} token(s), {tokens} are asked for"
+            reasons.append(Obstruction(route.steps[-1].path[-1].node, text))
+            continue
+        for condition in route.conditions:
+            if condition.kind is Kind.OPEN:
+                text = f"{names}: {condition.text}, which fails for whole regions of contexts"
+                reasons.append(Obstruction(condition.node, text))
+            elif condition.kind is Kind.SIZE:
+                reasons.append(Obstruction(condition.node, f"{names}: needs {condition.text}; give the sizes"))
+    noted = [*planner.obstructions.values(), *planner.held_back()]
+    mixing = [
+        Obstruction(n.name, f"{n.name} ({n.op.kind}) looks at other tokens: what it brings in cannot be undone inside it")
+        for n in planner.graph.nodes
+        if n.op.mixing and not found and not noted
+    ]
+    return tuple(dict.fromkeys([*reasons, *noted, *mixing]))
