@@ -15,62 +15,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .arrays import Array
-from .errors import BadInput, ConditionViolated, ExactnessLost
-from .evaluate import downstream, needed
+from .errors import BadInput, ExactnessLost
 from .executor import Executor, Overlays
-from .graph import Graph
-from .layout import Layout
+from .lockstep import BlockStepper
 from .metrics import Comparison, compare
-from .overlay import Change, dense, plus
+from .overlay import Overlay
 from .plan import Plan, make_plan
-from .planner import Step
-from .run import logits_of, run_stream
-from .solve import Operands, asks, reads, solve_step
+from .request import Request
+from .run import logits_of, remembered, run_stream
 
-MODES = ("last", "each", "all")
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be absorbed, and for which tokens the result is to be exact.
-
-    Attributes:
-        context, query: token ids `[n]`; the context is what is removed, the query stays at its positions.
-        tokens: `last` (one patch, for the query's last token), `each` (a patch a token) or `all`
-            (one static patch for all query tokens).
-    """
-
-    context: np.ndarray
-    query: np.ndarray
-    tokens: str = "last"
-
-    def __post_init__(self) -> None:
-        if self.tokens not in MODES:
-            raise BadInput(f"tokens={self.tokens!r}; allowed are {', '.join(MODES)}")
-        if not len(self.query):
-            raise BadInput("the query is empty: it must hold at least one token, for which the patch is made")
-        if not len(self.context):
-            raise BadInput("the context is empty: there is nothing to absorb")
-
-    @property
-    def positions(self) -> np.ndarray:
-        """The query's positions in the contextual sequence."""
-        return np.arange(len(self.context), len(self.context) + len(self.query))
-
-    @property
-    def served(self) -> np.ndarray:
-        """The rows of the query for which the patch is exact."""
-        return np.arange(len(self.query))[-1:] if self.tokens == "last" else np.arange(len(self.query))
-
-    @property
-    def capacity(self) -> int | None:
-        """How many tokens one static value has to serve; None where each token has its own."""
-        return None if self.tokens == "each" else len(self.served)
-
-    @property
-    def merge(self) -> bool:
-        return self.tokens != "each"
 
 
 @dataclass(frozen=True)
@@ -111,10 +65,11 @@ def absorb(
     clock = time.perf_counter()
     plans = plan_layers(executor, request, strategy)
     overlays, stream, residuals = lock_step(executor, plans, request, report)
-    contextual = logits_of(executor, stream)
     solved = time.perf_counter()
     report("running the edited model", 0.0)
-    patched = logits_of(executor, run_query(executor, request, overlays)[request.served[0] :])
+    edited = run_query(executor, request, overlays)[request.served[0] :]
+    together = logits_of(executor, executor.arrays.concatenate([stream, edited], axis=0))
+    contextual, patched = np.split(together, 2)
     done = time.perf_counter()
     measured = compare(patched, contextual)
     _insist(executor, measured, contextual)
@@ -140,148 +95,29 @@ def lock_step(
     executor: Executor, plans: Mapping[str, Plan], request: Request, report: Progress
 ) -> tuple[Overlays, Array, tuple[float, ...]]:
     """Both runs through all blocks; gives the changes, the contextual stream at the served rows, residuals."""
-    n, q = len(request.context), len(request.query)
+    n, q, depth = len(request.context), len(request.query), executor.depth
     everything = np.concatenate([request.context, request.query, request.query])
-    positions = np.concatenate([np.arange(n + q), request.positions])
-    stream = executor.embed(everything, positions)
-    layout = Layout(executor.positions(positions), (n + q, q))
-    overlays: dict[int, dict[str, Change]] = {}
+    stream = executor.embed(everything, np.concatenate([np.arange(n + q), request.positions]))
+    contextual, reduced = stream[: n + q], stream[n + q :]
+    steppers = {kind: BlockStepper(executor, plan, request, n) for kind, plan in plans.items()}
+    overlays: dict[int, Overlay] = {}
     residuals = []
-    for layer in range(executor.depth):
-        report("absorbing", layer / executor.depth)
-        pair = PackedBlock(executor, layer, plans[executor.architecture.kind_at(layer)], request)
-        overlays[layer], stream, residual = pair.patch(stream, layout)
+    for layer in range(depth):
+        report("absorbing", layer / depth)
+        kind, past = executor.architecture.kind_at(layer), None
+        stepper = steppers[kind]
+        if layer == depth - 1:  # after it, the context's own rows are of no use to anyone
+            past = remembered(executor, layer, contextual[:n], executor.positions(np.arange(n)))[0]
+            contextual, stepper = contextual[n:], BlockStepper(executor, plans[kind], request, 0)
+        overlays[layer], contextual, reduced, residual = stepper.absorb(layer, contextual, reduced, past)
         residuals.append(residual)
-    return overlays, stream[n + request.served[0] : n + q], tuple(residuals)
-
-
-@dataclass
-class PackedBlock:
-    """One block on its way through Algorithm 1: rows `[context, query, query again (reduced)]`."""
-
-    executor: Executor
-    layer: int
-    plan: Plan
-    request: Request
-
-    @property
-    def graph(self) -> Graph:
-        return self.executor.graph(self.layer)
-
-    def patch(self, stream: Array, layout: Layout) -> tuple[dict[str, Change], Array, float]:
-        """Solves the plan's steps and runs the patched block; gives the changes, the packed output, the residual.
-
-        The patched block runs on the reduced rows alone, as the edited model will: the same program on
-        the same values, so that the proof at the end sees what is seen here, bit for bit.
-        """
-        n, q = len(self.request.context), len(self.request.query)
-        graph, steps = self.graph, self.plan.route.steps
-        clean = self._clean(downstream(graph, [s.parameter for s in steps]))
-        asked = frozenset().union(*(asks(s, graph) for s in steps)) if steps else frozenset()
-        wants = sorted({graph.output, *asked, *(clean - {graph.input})})
-        values = {graph.input: stream, **self.executor.block(self.layer, {graph.input: stream}, wants, layout)}
-        first = int(self.request.served[0])
-        target = {name: self.executor.host(values[name][n + first : n + q]) for name in asked | {graph.output}}
-        reduced = {name: values[name][n + q :] for name in clean}
-        overlay: dict[str, Change] = {}
-        for step in steps:
-            overlay[step.parameter] = self._solve(step, target, reduced, overlay)
-        output, missed = self._ordinary(stream[n + q :], overlay, target[graph.output])
-        for _ in range(REFINEMENTS if steps else 0):
-            if np.all(np.abs(missed) <= self._eps() * np.abs(target[graph.output])):
-                break
-            better = {**overlay, steps[-1].parameter: self._solve(steps[-1], target, reduced, overlay, missed)}
-            again, left = self._ordinary(stream[n + q :], better, target[graph.output])
-            if np.sum(left**2) >= np.sum(missed**2):
-                break
-            overlay, output, missed = better, again, left
-        residual = _relative(missed, target[graph.output])
-        contextual = values[graph.output][: n + q]
-        return overlay, self.executor.arrays.concatenate([contextual, output], axis=0), residual
-
-    def _ordinary(
-        self, stream: Array, overlay: Mapping[str, Change], wanted: np.ndarray
-    ) -> tuple[Array, np.ndarray]:
-        """The patched block's own output on the reduced rows, and what the served rows miss, `[served, d_model]`."""
-        graph = self.graph
-        layout = Layout(self.executor.positions(self.request.positions), (len(self.request.query),))
-        found = self.executor.block(
-            self.layer, {graph.input: stream}, [graph.output], layout, overlay, self.request.merge
-        )[graph.output]
-        return found, wanted - self.executor.host(found[int(self.request.served[0]) :])
-
-    def _clean(self, dirty: frozenset[str]) -> frozenset[str]:
-        """Values untouched by the patch that solving or running on needs: kept instead of computed again."""
-        graph = self.graph
-        wanted = {graph.output}.union(*(reads(s, graph) for s in self.plan.route.steps))
-        rerun = [node for node in needed(graph, (), wanted) if node.name in dirty]
-        read = {a for node in rerun for a in node.args} | wanted
-        return frozenset(a for a in read if a not in dirty and a not in graph.parameter)
-
-    def _reduced(
-        self, step: Step, reduced: Mapping[str, Array], overlay: Mapping[str, Change]
-    ) -> dict[str, np.ndarray]:
-        """The reduced run's actual values, for the served rows, under the changes made so far."""
-        wanted, first = reads(step, self.graph), int(self.request.served[0])
-        found = {**reduced, **self._again(reduced, overlay, sorted(wanted - reduced.keys()))}
-        return {name: self.executor.host(found[name][first:]) for name in wanted}
-
-    def _again(self, rows: Mapping[str, Array], overlay: Mapping[str, Change], wants: list[str]) -> dict[str, Array]:
-        """The block's values from its clean ones; no mixing node is among those to compute."""
-        if not wants:
-            return {}
-        count = int(next(iter(rows.values())).shape[0])
-        layout = Layout(self.executor.positions(np.zeros(count, int)), (count,))
-        todo = needed(self.graph, rows, wants)
-        read = {a for node in todo for a in node.args} | set(wants)
-        known = {name: value for name, value in rows.items() if name in read}
-        used = {p: c for p, c in overlay.items() if any(p in node.args for node in todo)}
-        return self.executor.block(self.layer, known, wants, layout, used, self.request.merge)
-
-    def _stored(self, overlay: Mapping[str, Change]) -> Callable[[str], np.ndarray]:
-        def fetch(name: str) -> np.ndarray:
-            original = self.executor.stored(self.layer, name)
-            return dense(original, overlay[name]) if name in overlay else original
-
-        return fetch
-
-    def _solve(
-        self, step: Step, target: Mapping[str, np.ndarray], reduced: Mapping[str, Array],
-        overlay: Mapping[str, Change], missed: np.ndarray | None = None,
-    ) -> Change:  # fmt: skip
-        """The step's whole change: what it was so far, plus what the actual values still ask for.
-
-        With `missed`, what the block's own run leaves at its output stands in for the residual there.
-        """
-        actual = self._reduced(step, reduced, overlay)
-        if missed is not None and step.goal == self.graph.output:
-            actual[step.goal] = target[step.goal] - missed
-        run = Operands(target, actual, self._stored(overlay), self._eps())
-        try:
-            change = solve_step(step, self.graph, run, self.request.tokens == "each")
-        except ConditionViolated as error:
-            message = f"layer {self.layer} ({self.executor.architecture.kind_at(self.layer)}): {error}"
-            raise ConditionViolated(
-                message, node=error.node, parameter=error.parameter, coordinates=error.coordinates, size=error.size
-            ) from None
-        return plus(overlay.get(step.parameter), change)
-
-    def _eps(self) -> float:
-        return {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[self.executor.dtype]
-
-
-REFINEMENTS = 3  # corrections of the last parameter by what rounding left
+    return overlays, contextual[request.served[0] :], tuple(residuals)
 
 
 def run_query(executor: Executor, request: Request, overlays: Overlays | None, merge: bool | None = None) -> Array:
     """The edited model on the query alone, at its positions: an ordinary run."""
     apply_merged = request.merge if merge is None else merge
     return run_stream(executor, request.query, request.positions, overlays, apply_merged)
-
-
-def _relative(missed: np.ndarray, wanted: np.ndarray) -> float:
-    size = float(np.abs(wanted).max(initial=0.0))
-    return float(np.abs(missed).max(initial=0.0)) / size if size else 0.0
 
 
 LOOSEST = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}

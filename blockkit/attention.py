@@ -71,23 +71,22 @@ class Attend(Op):
         return self.attend(xp, args, layout, None)
 
     def attend(self, xp: Arrays, args: Sequence[Any], layout: Layout, past: Past | None) -> Array:
-        """The attention of each segment's rows over its own (and, with `past`, earlier) rows."""
+        """The attention of each segment's rows over its own rows; the first also sees those of `past`."""
         scales = args[3:] if self.qk_norm else (None, None)
         q = self._prepare(xp, args[0], layout.positions, self._int("heads"), scales[0])
-        k_rows, v_rows, k_positions = args[1], args[2], layout.positions
+        k_rows, v_rows, k_at, before = args[1], args[2], layout.positions, 0
         if past is not None:
+            before = int(past.positions.shape[0])
             k_rows = xp.concatenate([past.args[1], k_rows], axis=0)
             v_rows = xp.concatenate([past.args[2], v_rows], axis=0)
-            k_positions = xp.concatenate([past.positions, k_positions], axis=0)
-        k = self._prepare(xp, k_rows, k_positions, self._int("kv_heads"), scales[1])
+            k_at = xp.concatenate([past.positions, k_at], axis=0)
+        k = self._prepare(xp, k_rows, k_at, self._int("kv_heads"), scales[1])
         v = self._heads(xp, v_rows, self._int("kv_heads"))
-        if past is not None:
-            return self._rows(xp, q, k, v, layout.positions, k_positions)
         out, start = [], 0
-        for rows in layout.segments:
-            part = slice(start, start + rows)
-            at = layout.positions[part]
-            out.append(self._rows(xp, q[:, part], k[:, part], v[:, part], at, at))
+        for number, rows in enumerate(layout.segments):
+            mine = slice(start, start + rows)
+            seen = slice(before + start if number else 0, before + start + rows)
+            out.append(self._rows(xp, q[:, mine], k[:, seen], v[:, seen], layout.positions[mine], k_at[seen]))
             start += rows
         return out[0] if len(out) == 1 else xp.concatenate(out, axis=0)
 
@@ -124,9 +123,7 @@ class Attend(Op):
         """One sequence: `q [heads, n, head_dim]`, `k`, `v [kv_heads, m, head_dim]` -> `[n, heads*head_dim]`."""
         n, m, heads = int(q.shape[1]), int(k.shape[1]), int(q.shape[0])
         step = max(1, MOST_SCORES // max(1, heads * m))
-        parts = [
-            self._slice(xp, q[:, i : i + step], k, v, q_at[i : i + step], k_at) for i in range(0, n, step)
-        ]
+        parts = [self._slice(xp, q[:, i : i + step], k, v, q_at[i : i + step], k_at) for i in range(0, n, step)]
         return parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=0)
 
     def _slice(self, xp: Arrays, q: Array, k: Array, v: Array, q_at: Array, k_at: Array) -> Array:

@@ -32,7 +32,9 @@ def slots(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
         BadInput: a size has no number yet, or the architecture is not a whole model.
     """
     if architecture.embedding is None or architecture.final is None or architecture.depth is None:
-        raise BadInput(f"{architecture.name} is not a whole model: it needs embedding, final, head and layers with numbers")
+        raise BadInput(
+            f"{architecture.name} is not a whole model: it needs embedding, final, head and layers with numbers"
+        )
     width, embedding = architecture.size(architecture.width), architecture.embedding
     vocabulary = architecture.size(embedding.vocabulary)
     yield "embedding", _numbers("embedding", (vocabulary, width))
@@ -101,10 +103,13 @@ class Model:
         return found
 
     def _prefix(self) -> str:
-        for prefix in self.conventions.get("prefixes", [""]):
-            if self._tensor_name("embedding", prefix)[0] in self.folder.shapes:
-                return str(prefix)
-        return ""
+        """The prefix under which most of the slots' tensors are there."""
+        names = [name for name, _ in slots(self.architecture)]
+
+        def found(prefix: str) -> int:
+            return sum(self._tensor_name(name, prefix)[0] in self.folder.shapes for name in names)
+
+        return max(map(str, self.conventions.get("prefixes", [""])), key=found)
 
     def _tensor_name(self, slot: str, prefix: str) -> tuple[str, bool]:
         parts = slot.split(".")
@@ -202,7 +207,9 @@ def _check_settings(config: Mapping[str, Any], requires: Mapping[str, list[Any]]
         value = _look(config, key)
         if value not in allowed:
             shown = ", ".join(str(a) for a in allowed if a is not None) or "none"
-            raise BadInput(f"{source}: {key} = {value!r} is not supported for this family (allowed: {shown}); write a spec")
+            raise BadInput(
+                f"{source}: {key} = {value!r} is not supported for this family (allowed: {shown}); write a spec"
+            )
 
 
 def _look(config: Any, dotted: str) -> Any:
@@ -248,5 +255,7 @@ def _with_layer_types(
         return architecture
     unknown = [t for t in listed if t not in rule]
     if unknown:
-        raise BadInput(f"{source}: {rule['key']} holds {unknown[0]!r}; known are {', '.join(k for k in rule if k != 'key')}")
+        raise BadInput(
+            f"{source}: {rule['key']} holds {unknown[0]!r}; known are {', '.join(k for k in rule if k != 'key')}"
+        )
     return replace(architecture, layers=Layers(tuple(rule[t] for t in listed), len(listed)))

@@ -367,9 +367,7 @@ class Attention(Component):
             raise BadInput(f"{name}: {heads} heads do not divide the width {width}; give head_dim")
         return Size.of(width.known // heads.known)
 
-    def _projections(
-        self, to: Lowering, name: str, z: str, d_in: Size, q_width: Size, kv_width: Size
-    ) -> list[str]:
+    def _projections(self, to: Lowering, name: str, z: str, d_in: Size, q_width: Size, kv_width: Size) -> list[str]:
         if not self.fused:
             widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
             return [to.linear(name, slot, z, d_in, w, self.bias) for slot, w in widths.items()]
@@ -379,8 +377,12 @@ class Attention(Component):
         return [to.add(f"{name}.{part}", Slice(a, b), together) for part, a, b in cuts]
 
     def _op(self, to: Lowering, name: str, heads: Size, kv_heads: Size, head_dim: Size) -> Attend:
-        rope = self.rope and Rope(
-            to.number(self.rope.base, f"{name}.rope.base"), to.number(self.rope.scaling, f"{name}.rope.scaling")
+        rope = (
+            None
+            if self.rope is None
+            else Rope(
+                to.number(self.rope.base, f"{name}.rope.base"), to.number(self.rope.scaling, f"{name}.rope.scaling")
+            )
         )
         return Attend(
             heads,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,17 @@ from .errors import BadInput
 from .evaluate import evaluate
 from .graph import Graph, Node
 from .layout import Layout, Past
-from .overlay import Change, MatrixChange, Overlay, VectorChange
+from .overlay import Change, MatrixChange, Overlay, change_of
 
 Overlays = Mapping[int, Overlay]  # by layer
+
+
+class Rows(NamedTuple):
+    """A node's value at some rows only: cut inside the compiled program, so that nothing else leaves it."""
+
+    name: str
+    start: int
+    stop: int
 
 
 @dataclass
@@ -41,6 +49,7 @@ class Executor:
     parameters: Mapping[str, Array]
     dtype: str
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _slots: dict[int, dict[str, Array]] = field(default_factory=dict, repr=False)
 
     @property
     def depth(self) -> int:
@@ -51,8 +60,7 @@ class Executor:
 
     def stored(self, layer: int, parameter: str) -> np.ndarray:
         """A parameter's values as float64."""
-        value = self.parameters[stored_name(self.architecture, layer, parameter)]
-        return self.host(value)
+        return self.host(self.parameters[stored_name(self.architecture, layer, parameter)])
 
     def host(self, value: Array) -> np.ndarray:
         """Any array as float64 NumPy."""
@@ -88,48 +96,49 @@ class Executor:
     def block(
         self,
         layer: int,
-        known: Mapping[str, Array],
-        wants: Iterable[str],
+        known: Mapping[str, Any],
+        wants: Iterable[str | Rows],
         layout: Layout,
         overlay: Overlay | None = None,
         merge: bool = False,
-    ) -> dict[str, Array]:
-        """Values of a block's nodes; see `blockkit.evaluate.evaluate`. Compiled once per kind and request."""
+    ) -> dict[Any, Array]:
+        """Values of a block's nodes, by what was asked for; see `blockkit.evaluate.evaluate`.
+
+        Compiled once per kind of block and request.
+        """
         kind, wants = self.architecture.kind_at(layer), tuple(wants)
         changes = overlay or {}
         flags = tuple((n, type(c).__name__, c.per_token) for n, c in sorted(changes.items()))
         key = (kind, wants, tuple(sorted(known)), layout.segments, flags, merge, tuple(sorted(layout.past)))
         if key not in self._compiled:
             self._compiled[key] = self.arrays.jit(self._program(kind, wants, layout.segments, flags, merge))
-        stored = {
-            p.name: self.parameters[stored_name(self.architecture, layer, p.name)]
-            for p in self.graph(layer).parameters
-        }
+        if layer not in self._slots:
+            names = {p.name: stored_name(self.architecture, layer, p.name) for p in self.graph(layer).parameters}
+            self._slots[layer] = {name: self.parameters[slot] for name, slot in names.items()}
         past = {n: (p.args, p.positions) for n, p in layout.past.items()}
         factors = {n: self._factors(c) for n, c in changes.items()}
-        found: dict[str, Array] = self._compiled[key](stored, dict(known), layout.positions, factors, past)
-        return found
+        found = self._compiled[key](self._slots[layer], dict(known), layout.positions, factors, past)
+        return dict(zip(wants, found, strict=True))
 
     def _program(
-        self, kind: str, wants: tuple[str, ...], segments: tuple[int, ...], flags: tuple[Any, ...], merge: bool
+        self, kind: str, wants: tuple[str | Rows, ...], segments: tuple[int, ...], flags: tuple[Any, ...], merge: bool
     ) -> Any:
         graph, xp = self.architecture.graphs[kind], self.arrays
+        names = tuple(dict.fromkeys(w if isinstance(w, str) else w.name for w in wants))
 
-        def program(stored: Any, known: Any, positions: Any, factors: Any, past: Any) -> dict[str, Array]:
+        def program(stored: Any, known: Any, positions: Any, factors: Any, past: Any) -> list[Array]:
             before = {n: Past(tuple(args), at) for n, (args, at) in past.items()}
             layout = Layout(positions, segments, before)
-            overlay: dict[str, Change] = {
-                name: MatrixChange(*factors[name], per_token) if matrix == "MatrixChange"
-                else VectorChange(*factors[name], per_token)
-                for name, matrix, per_token in flags
-            }  # fmt: skip
+            overlay = {name: change_of(factors[name], per_token) for name, _, per_token in flags}
 
             def mixer(node: Node, args: list[Any], at: Layout) -> Array:
                 if isinstance(node.op, Attend):
                     return node.op.attend(xp, args, at, at.past.get(node.name))
                 return node.op.forward(xp, args, at)
 
-            return evaluate(graph, xp, stored, known, wants, layout, overlay, merge, mixer)
+            joined = {n: v if not isinstance(v, tuple) else xp.concatenate(v, axis=0) for n, v in known.items()}
+            found = evaluate(graph, xp, stored, joined, names, layout, overlay, merge, mixer)
+            return [found[w] if isinstance(w, str) else found[w.name][w.start : w.stop] for w in wants]
 
         return program
 

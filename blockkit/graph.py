@@ -161,9 +161,7 @@ class Graph:
         return replace(self, parameters=stored)
 
 
-def _check_names(
-    input: str, output: str, parameters: tuple[Parameter, ...], nodes: tuple[Node, ...]
-) -> None:
+def _check_names(input: str, output: str, parameters: tuple[Parameter, ...], nodes: tuple[Node, ...]) -> None:
     known: set[str] = set()
     for name in (input, *(p.name for p in parameters), *(n.name for n in nodes)):
         if name in known:
@@ -229,9 +227,7 @@ def _cycle(by_name: Mapping[str, Node], waiting: Mapping[str, int]) -> list[str]
     return list(reversed([*shown, name]))
 
 
-def _infer(
-    input: str, width: Size, parameters: tuple[Parameter, ...], nodes: tuple[Node, ...]
-) -> dict[str, Shape]:
+def _infer(input: str, width: Size, parameters: tuple[Parameter, ...], nodes: tuple[Node, ...]) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {input: (width,)}
     for p in parameters:
         if len(p.shape) not in (1, 2) or any(s.known == 0 for s in p.shape):

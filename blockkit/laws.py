@@ -151,5 +151,3 @@ def direction_law(operation: str, limit: str) -> Law:
 def parameter_capacity(action: Action, shape: tuple[Size, ...]) -> Capacity:
     """How many tokens one static value of the parameter serves: d_in for a matrix, 1 for a vector."""
     return Capacity.of(shape[1]) if action is Action.WEIGHT else Capacity.of(1)
-
-

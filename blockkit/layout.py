@@ -26,7 +26,7 @@ class Layout:
     Attributes:
         positions: `[tokens]` integers, the position of each row in its own sequence.
         segments: the number of rows of each sequence, in order.
-        past: for runs with a cache, by mixing node: what came before (one segment only).
+        past: for runs with a cache, by mixing node: what came before, seen by the first segment.
     """
 
     positions: Array

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .algorithm import Absorbed, Request, run_query
+from .algorithm import Absorbed, run_query
 from .executor import Executor
 from .metrics import Comparison, compare
+from .request import Request
 from .run import fill_cache, logits_of, run_stream
 
 

@@ -429,9 +429,7 @@ class Slice(Op):
         return place_law()
 
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
-        return {Reach.PROPER: Reach.ALL, Reach.SPHERE: Reach.BALL, Reach.SIMPLEX: Reach.BALL}.get(
-            moved[0], moved[0]
-        )
+        return {Reach.PROPER: Reach.ALL, Reach.SPHERE: Reach.BALL, Reach.SIMPLEX: Reach.BALL}.get(moved[0], moved[0])
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,15 @@ class VectorChange:
 
 
 Change = MatrixChange | VectorChange
+
+
+def change_of(factors: Sequence[Any], per_token: bool) -> Change:
+    """The change that has these parts: two factors for a matrix, one shift for a vector."""
+    if len(factors) == 2:
+        return MatrixChange(factors[0], factors[1], per_token)
+    return VectorChange(factors[0], per_token)
+
+
 Overlay = Mapping[str, Change]
 
 
@@ -83,12 +92,15 @@ def changed_forward(
         shifted = xp.cast(args[position], wide) + change.delta
         others = [xp.cast(a, wide) for a in args]
         return xp.cast(node.op.forward(xp, _replaced(others, position, shifted), layout), dtype)
-    z = xp.cast(args[0], wide)
+    unchanged = xp.cast(node.op.forward(xp, args, layout), wide)
+    return xp.cast(unchanged + added(xp, xp.cast(args[0], wide), change), dtype)
+
+
+def added(xp: Arrays, z: Array, change: MatrixChange) -> Array:
+    """What a changed matrix adds to its product with `z [tokens, d_in]`: `[tokens, d_out]`."""
     if change.per_token:
-        added = xp.mean(z * change.right) * int(z.shape[-1]) * change.left
-    else:
-        added = xp.matmul(xp.linear(z, change.right), change.left)
-    return xp.cast(xp.cast(node.op.forward(xp, args, layout), wide) + added, dtype)
+        return xp.mean(z * change.right) * int(z.shape[-1]) * change.left
+    return xp.matmul(xp.linear(z, change.right), change.left)
 
 
 def _replaced(args: Sequence[Any], position: int, value: Any) -> list[Any]:

@@ -48,6 +48,15 @@ class Plan:
     route: Route
     graph: Graph
 
+    def __str__(self) -> str:
+        lines = [f"strategy {self.strategy}: {self.numbers_stored} numbers stored for a block"]
+        for number, step in enumerate(self.steps, 1):
+            lines.append(f"  {number}. {step.formula}")
+            rank = f", rank {step.rank}" if step.rank else ""
+            lines.append(f"       {step.parameter} {step.shape}{rank}   law {step.law}   {step.source}")
+            lines.extend(f"       if {c}" for c in step.conditions)
+        return "\n".join(lines)
+
 
 def make_plan(graph: Graph, strategy: str = "stable", tokens: int | None = None) -> Plan:
     """The plan that `strategy` prefers among the routes that serve `tokens` tokens.

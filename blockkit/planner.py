@@ -225,9 +225,7 @@ class Planner:
         self._note(arg, f"{arg} is also read by {others}, so steering it would move more than one term")
         return False
 
-    def _stable_pair(
-        self, node: Node, position: int, scale: Step, above: tuple[Link, ...]
-    ) -> Iterator[Route]:
+    def _stable_pair(self, node: Node, position: int, scale: Step, above: tuple[Link, ...]) -> Iterator[Route]:
         """Rule 3 of steer: direction by the matrix that feeds the norm, the remainder by the scale."""
         if not isinstance(node.op, Multiply):
             return
@@ -388,9 +386,9 @@ class Planner:
         for flag in ("tied", "frozen"):
             if not any(getattr(p, flag) for p in graph.parameters):
                 continue
-            kept = {"tied": False, "frozen": False} if flag == "frozen" else {"tied": False}
-            freed = replace(graph, parameters=tuple(replace(p, **kept) for p in graph.parameters))
-            for route in Planner(freed).single_routes():
+            thawed = flag == "frozen"
+            freed = tuple(replace(p, tied=False, frozen=p.frozen and not thawed) for p in graph.parameters)
+            for route in Planner(replace(graph, parameters=freed)).single_routes():
                 for step in route.steps:
                     reason = self.immovable(step.parameter)
                     if reason and getattr(graph.parameter[step.parameter], flag):
@@ -484,5 +482,3 @@ _SOURCES = {
 def _source_of(step: Step) -> str:
     lemma = _SOURCES.get(step.law.action, step.law.source)
     return f"{lemma}, through {len(step.path) - 1} known operation(s)" if len(step.path) > 1 else lemma
-
-

@@ -43,20 +43,26 @@ def fill_cache(executor: Executor, ids: np.ndarray, positions: np.ndarray) -> Ca
     at = executor.positions(positions)
     cache: dict[int, dict[str, Past]] = {}
     for layer in range(executor.depth):
-        graph = executor.graph(layer)
-        wanted = mixing_arguments(graph)
-        wants = sorted({graph.output, *(a for args in wanted.values() for a in args)})
-        values = executor.block(layer, {graph.input: stream}, wants, Layout(at, (len(ids),)))
-        cache[layer] = {n: Past(tuple(values[a] for a in args), at) for n, args in wanted.items()}
-        stream = values[graph.output]
+        output = executor.graph(layer).output
+        cache[layer], found = remembered(executor, layer, stream, at, (output,))
+        stream = found[output]
     return cache
+
+
+def remembered(
+    executor: Executor, layer: int, stream: Array, at: Array, wants: tuple[str, ...] = ()
+) -> tuple[dict[str, Past], Mapping[str, Array]]:
+    """What a block's mixing nodes remember of the rows `stream [tokens, d_model]`; and the values in `wants`."""
+    graph = executor.graph(layer)
+    wanted = mixing_arguments(graph)
+    names = sorted({*wants, *(a for args in wanted.values() for a in args)})
+    values = executor.block(layer, {graph.input: stream}, names, Layout(at, (int(stream.shape[0]),)))
+    return {n: Past(tuple(values[a] for a in args), at) for n, args in wanted.items()}, values
 
 
 def mixing_arguments(graph: Graph) -> dict[str, tuple[str, ...]]:
     """The signals (not the parameters) that each mixing node reads."""
-    return {
-        n.name: tuple(a for a in n.args if a not in graph.parameter) for n in graph.nodes if n.op.mixing
-    }
+    return {n.name: tuple(a for a in n.args if a not in graph.parameter) for n in graph.nodes if n.op.mixing}
 
 
 def logits_of(executor: Executor, stream: Array) -> np.ndarray:

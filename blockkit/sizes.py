@@ -20,7 +20,7 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w*\Z")
 _ASSUMED = 64  # what a symbol is taken to be where unknown sizes have to be put in an order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Size:
     """A polynomial, kept as sorted `(monomial, coefficient)` pairs; a monomial is a sorted tuple of symbols."""
 
@@ -48,6 +48,13 @@ class Size:
             total[monomial] = total.get(monomial, 0) + coefficient
         return Size(tuple(sorted((m, c) for m, c in total.items() if c)))
 
+    def __eq__(self, other: object) -> bool:
+        """Sizes equal sizes, and the number or text that `json` gives."""
+        return self.terms == other.terms if isinstance(other, Size) else self.json() == other
+
+    def __hash__(self) -> int:
+        return hash(self.terms)
+
     def __add__(self, other: Size) -> Size:
         return Size._collect([*self.terms, *other.terms])
 
@@ -55,9 +62,7 @@ class Size:
         return Size._collect([*self.terms, *((m, -c) for m, c in other.terms)])
 
     def __mul__(self, other: Size) -> Size:
-        return Size._collect(
-            (tuple(sorted((*m, *n))), c * d) for m, c in self.terms for n, d in other.terms
-        )
+        return Size._collect((tuple(sorted((*m, *n))), c * d) for m, c in self.terms for n, d in other.terms)
 
     @property
     def known(self) -> int | None:
@@ -144,11 +149,18 @@ def _parse_terms(text: str) -> list[tuple[tuple[str, ...], int]]:
     return pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capacity:
     """How many tokens one static value can serve: the least of some sizes; of none, any number."""
 
     sizes: tuple[Size, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        """Capacities equal capacities, and the number or text that `json` gives."""
+        return self.sizes == other.sizes if isinstance(other, Capacity) else self.json() == other
+
+    def __hash__(self) -> int:
+        return hash(self.sizes)
 
     @staticmethod
     def of(*values: Size | int) -> Capacity:

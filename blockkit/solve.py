@@ -53,9 +53,7 @@ def reads(step: Step, graph: Graph) -> frozenset[str]:
 
 def asks(step: Step, graph: Graph) -> frozenset[str]:
     """The node values that `solve_step` wants from the contextual run."""
-    turned = {
-        graph.node[link.node].args[0] for link in step.path if link.law.action is Action.DIRECTION
-    }
+    turned = {graph.node[link.node].args[0] for link in step.path if link.law.action is Action.DIRECTION}
     return frozenset({step.goal, *turned})
 
 
@@ -77,6 +75,22 @@ def solve_step(step: Step, graph: Graph, run: Operands, per_token: bool) -> Chan
     return VectorChange(delta if per_token else _common(step, last, delta), per_token)
 
 
+def rounding(step: Step, graph: Graph, target: Rows, reduced: Mapping[str, Rows], eps: float) -> Rows:
+    """What rounding alone may leave at the step's goal: nothing smaller is worth dividing by anything.
+
+    A target that is a sum carries the rounding of all its terms. `[tokens, width]`.
+    """
+    size = np.abs(target)
+    for link in step.path:
+        node = graph.node[link.node]
+        if not isinstance(node.op, Add):
+            break
+        for position, arg in enumerate(node.args):
+            if position != link.position and arg not in graph.parameter:
+                size = size + np.abs(reduced[arg])
+    return np.asarray(eps * size)
+
+
 class _Pull:
     """A residual on its way upstream; linear laws are collected and inverted together."""
 
@@ -84,7 +98,7 @@ class _Pull:
         self.step, self.graph, self.run = step, graph, run
         target, actual = run.contextual[step.goal], run.reduced[step.goal]
         residual = target - actual
-        self.residual = np.where(np.abs(residual) <= self._rounding(target), 0.0, residual)
+        self.residual = np.where(np.abs(residual) <= rounding(step, graph, target, run.reduced, run.eps), 0.0, residual)
         self.matrix: np.ndarray | None = None  # [rows, width], or [tokens, rows, width]
         self.diagonal: np.ndarray | float = 1.0  # [tokens, width], right of the matrix
 
@@ -93,18 +107,6 @@ class _Pull:
             rows = len(self.residual)
             return np.broadcast_to(self.run.stored(name), (rows, *self.run.stored(name).shape))
         return self.run.reduced[name]
-
-    def _rounding(self, target: Rows) -> Rows:
-        """What rounding alone may have left at the goal: nothing smaller is worth dividing by anything."""
-        size = np.abs(target)
-        for link in self.step.path:
-            node = self.graph.node[link.node]
-            if not isinstance(node.op, Add):
-                break
-            for position, arg in enumerate(node.args):
-                if position != link.position and arg not in self.graph.parameter:
-                    size = size + np.abs(self.run.reduced[arg])
-        return self.run.eps * size
 
     def through(self, name: str, position: int, action: Action, below: Action | None) -> None:
         """Moves the residual from the result of a node to its argument at `position`."""
@@ -239,5 +241,7 @@ def _common(step: Step, node: Node, delta: Rows) -> np.ndarray:
     first = delta[0]
     differ = np.abs(delta - first).max(axis=0)
     if differ.max() > 1e-9 * max(1.0, np.abs(first).max()):
-        raise _violation(step, node.name, "the tokens ask for different values", np.flatnonzero(differ), float(differ.max()))
+        raise _violation(
+            step, node.name, "the tokens ask for different values", np.flatnonzero(differ), float(differ.max())
+        )
     return np.asarray(first)

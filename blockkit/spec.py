@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,19 @@ from .sizes import Size
 MOST_BYTES = 64 << 20
 
 
+@dataclass(frozen=True)
 class Place:
     """Where in a document something stands, for messages: `file, line 3, column 5, blocks.main`."""
 
-    def __init__(self, source: str, keys: tuple[str, ...] = (), node: Any = None) -> None:
-        self.source, self.keys, self.node = source, keys, node
+    source: str
+    keys: tuple[str, ...] = ()
+    node: Any = None
+    mark: tuple[int, ...] | None = None
 
     def at(self, key: str, node: Any) -> Place:
-        below = Place(self.source, (*self.keys, key), node)
         lines = getattr(self.node, "lc", None)
-        below.mark = lines.data.get(key) if lines is not None and lines.data else None  # type: ignore[assignment]
-        return below
-
-    mark: tuple[int, ...] | None = None
+        mark = lines.data.get(key) if lines is not None and lines.data else None
+        return Place(self.source, (*self.keys, key), node, mark)
 
     def __str__(self) -> str:
         parts = [self.source]
@@ -221,10 +221,7 @@ def to_document(architecture: Architecture) -> dict[str, Any]:
 
 
 def _block_document(block: Block) -> dict[str, Any]:
-    nodes = {
-        name: {"component": c.kind, **_changed_fields(c)}
-        for name, c in block.nodes.items()
-    }
+    nodes = {name: {"component": c.kind, **_changed_fields(c)} for name, c in block.nodes.items()}
     document: dict[str, Any] = {"input": block.input, "nodes": nodes, "output": block.output}
     document.update({k: list(getattr(block, k)) for k in ("tied", "frozen") if getattr(block, k)})
     return document
@@ -336,7 +333,9 @@ def _raw_node(name: str, document: Any, place: Place) -> Node:
     allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key, value in settings.items():
         if key not in allowed:
-            raise BadInput(f"{place}: unknown key {key!r} for {kind}; allowed are op, args{''.join(', ' + a for a in allowed)}")
+            raise BadInput(
+                f"{place}: unknown key {key!r} for {kind}; allowed are op, args{''.join(', ' + a for a in allowed)}"
+            )
         if key in ("start", "stop", "width"):
             settings[key] = Size.of(value)
         elif key != "fn" and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -17,40 +17,47 @@ from __future__ import annotations
 
 import numpy as np
 
+ENOUGH = 1e-6  # relative precision of |n|^2: the direction is brought to unit length afterwards
+
 
 def closest_unit_rms(m: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """The n `[width]`, mean(n^2) = 1, for which the scale g / n is nearest to m. Float64."""
-    width = len(m)
-    sign = np.where(m < 0, -1.0, 1.0)
-    size = np.abs(m)
+    """The n `[width]`, mean(n^2) = 1, for which the scale g / n is nearest to m. Float64.
 
-    def direction(lam: float) -> np.ndarray:
-        grown = _grown(size, lam * g**2)
-        return np.divide(sign * g, grown, out=np.zeros(width), where=g != 0)
-
+    lam is found by Newton steps on log(mean(n^2)) against log(lam), kept inside a shrinking bracket.
+    """
+    width, size = len(m), np.abs(m)
+    signed = np.where(m < 0, -g, g)
+    needs = signed != 0
     with np.errstate(over="ignore", divide="ignore"):
-        short = np.divide(sign * g, size, out=np.zeros(width), where=g != 0)
+        short = np.divide(signed, size, out=np.zeros(width), where=needs)
         if np.sum(short**2) <= width:
             return _lengthened(short, size)
-    low, high = 0.0, 1.0
-    while np.sum(direction(high) ** 2) > width:
-        low, high = high, high * 16
-    for _ in range(200):
-        middle = (low + high) / 2 if low * 16 > high else np.sqrt(max(low, high * 1e-32) * high)
-        if not low < middle < high:
+    squares, low, high = g**2, -700.0, 700.0
+    log_lam = float(np.log(np.mean(squares[needs])))  # where the scale is negligible: a^4 = lam g^2
+    n = signed
+    for _ in range(60):
+        grown = _grown(size, np.exp(log_lam) * squares)
+        n = np.divide(signed, grown, out=np.zeros(width), where=needs)
+        length = float(np.sum(n**2))
+        excess = np.log(length / width)
+        low, high = (log_lam, high) if excess > 0 else (low, log_lam)
+        if abs(excess) < ENOUGH:
             break
-        low, high = (middle, high) if np.sum(direction(middle) ** 2) > width else (low, middle)
-    n = direction(high)
+        pull = np.divide(n**2 * (grown - size), 4 * grown - 3 * size, out=np.zeros(width), where=needs)
+        slope = -2 * float(np.sum(pull)) / length
+        step = log_lam - excess / slope if slope < 0 else low
+        log_lam = step if low < step < high else (low + high) / 2
     return np.asarray(n * np.sqrt(width / np.sum(n**2)))
 
 
 def _grown(size: np.ndarray, push: np.ndarray) -> np.ndarray:
     """The root a >= size of a^3 (a - size) = push, by Newton from above (the function is convex there)."""
-    a = size + push**0.25
-    for _ in range(60):
-        step = (a**3 * (a - size) - push) / np.where(a > 0, a**2 * (4 * a - 3 * size), 1.0)
+    a = size + np.sqrt(np.sqrt(push))
+    for _ in range(40):
+        cube = a * a * a
+        step = np.divide(cube * (a - size) - push, 4 * cube - 3 * size * a * a, out=np.zeros(len(a)), where=a > 0)
         a = np.maximum(a - step, size)
-        if np.all(np.abs(step) <= 1e-15 * a):
+        if np.all(np.abs(step) <= 1e-9 * a):
             break
     return a
 

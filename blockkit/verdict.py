@@ -26,6 +26,22 @@ class Verdict:
     routes: tuple[Route, ...]
     obstructions: tuple[Obstruction, ...]
 
+    def __str__(self) -> str:
+        answer = {True: "patchable", False: "not patchable", None: "unknown"}[self.patchable]
+        served = f", one static patch serves up to {self.capacity} token(s)" if self.routes and self.patchable else ""
+        lines = [f"{answer}{served}"]
+        if self.routes:
+            lines.append("routes, the outermost parameter first:")
+        for number, route in enumerate(self.routes, 1):
+            lines.append(
+                f"  {number}. {' + '.join(route.parameters) or 'nothing to do'}   tokens: {route.capacity}   {route.source}"
+            )
+            lines.extend(f"       if {c.node}: {c}" for c in route.conditions)
+        if self.obstructions:
+            lines.append("why not:")
+            lines.extend(f"  - {o.node}: {o.reason}" for o in self.obstructions)
+        return "\n".join(lines)
+
 
 def judge(graph: Graph, tokens: int | None = None) -> Verdict:
     """Whether a context can be absorbed into the free parameters of `graph`, exactly, for `tokens` tokens.
@@ -72,7 +88,9 @@ def _reasons(planner: Planner, found: list[Route], tokens: int | None) -> tuple[
                 reasons.append(Obstruction(condition.node, f"{names}: needs {condition.text}; give the sizes"))
     noted = [*planner.obstructions.values(), *planner.held_back()]
     mixing = [
-        Obstruction(n.name, f"{n.name} ({n.op.kind}) looks at other tokens: what it brings in cannot be undone inside it")
+        Obstruction(
+            n.name, f"{n.name} ({n.op.kind}) looks at other tokens: what it brings in cannot be undone inside it"
+        )
         for n in planner.graph.nodes
         if n.op.mixing and not found and not noted
     ]

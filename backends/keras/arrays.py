@@ -91,6 +91,15 @@ class KerasArrays:
     def softmax(self, value: Array) -> Array:
         return ops.softmax(value, axis=-1)
 
+    def each(self, function: Callable[[tuple[Array, ...]], Array], values: tuple[Array, ...]) -> Array:
+        """The function of every slice along the first axis, stacked; outside the `Arrays` protocol."""
+        if self.name == "tensorflow":
+            import tensorflow as tf
+
+            if tf.executing_eagerly():  # vectorized_map would trace the function anew at every call
+                return ops.stack([function(parts) for parts in zip(*map(ops.unstack, values), strict=True)])
+        return ops.vectorized_map(function, values)
+
     def jit(self, function: Fn) -> Fn:
         """Compiles where the backend can: XLA on JAX, a graph on TensorFlow; PyTorch runs as it is."""
         if self.name == "jax":

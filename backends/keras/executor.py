@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
+
 from blockkit.checkpoint import Model
 from blockkit.errors import BadInput
 from blockkit.executor import Executor
-from keras import ops
 
 from .arrays import KerasArrays
 from .model import CausalLM, build, load_weights

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
+
 from blockkit.architecture import Architecture
 from blockkit.checkpoint import Model, slots, stored_name
 from blockkit.errors import BadInput
 from blockkit.evaluate import evaluate
-from blockkit.graph import Graph
+from blockkit.graph import Graph, Node
 from blockkit.layout import Layout
 from blockkit.spec import architecture_from, parse_document, to_document
-from keras import ops
 
 from .arrays import KerasArrays
 
@@ -50,7 +51,7 @@ class TokenEmbedding(Weights):
 
 
 class GraphBlock(Weights):
-    """A block's graph on packed sequences: `x [rows, d_model]`, `positions [rows]`, `segments` rows each."""
+    """A block's graph on packed sequences of equal length: `x [rows, d_model]`, `positions [rows]`, `tokens` each."""
 
     def __init__(self, graph: Graph, names: dict[str, str], shared: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -65,24 +66,41 @@ class GraphBlock(Weights):
             self.own(names[p.name], shape, p.name, "glorot_uniform" if len(shape) == 2 else vector)
         self.built = True
 
-    def call(self, x: Any, positions: Any, segments: tuple[int, ...]) -> Any:
+    def call(self, x: Any, positions: Any, tokens: int) -> Any:
         stored = {
             p: ops.convert_to_tensor(self.slots[slot] if slot in self.slots else self.shared(slot))
             for p, slot in self.names.items()
         }
-        layout = Layout(positions, segments)
-        return evaluate(self.graph, KerasArrays(), stored, {self.graph.input: x}, [self.graph.output], layout)[
-            self.graph.output
-        ]
+        xp, layout, output = KerasArrays(), Layout(positions, (tokens,)), self.graph.output
+
+        def mixer(node: Node, args: list[Any], packed: Layout) -> Any:
+            return self._each_sequence(xp, node, args, packed)
+
+        return evaluate(self.graph, xp, stored, {self.graph.input: x}, [output], layout, mixer=mixer)[output]
+
+    def _each_sequence(self, xp: KerasArrays, node: Node, args: list[Any], packed: Layout) -> Any:
+        """A mixing node on every sequence by itself; how many there are may be unknown until the model runs."""
+        signals = [i for i, name in enumerate(node.args) if name not in self.graph.parameter]
+        tokens = packed.segments[0]
+
+        def one(parts: tuple[Any, ...]) -> Any:
+            *rows, positions = parts
+            given = {**dict(enumerate(args)), **dict(zip(signals, rows, strict=True))}
+            return node.op.forward(xp, list(given.values()), Layout(positions, packed.segments))
+
+        sequences = [ops.reshape(args[i], (-1, tokens, args[i].shape[-1])) for i in signals]
+        out = xp.each(one, (*sequences, ops.reshape(packed.positions, (-1, tokens))))
+        return ops.reshape(out, (-1, out.shape[-1]))
 
     def compute_output_shape(self, shape: Any, *rest: Any) -> Any:
         return shape
 
 
+@keras.saving.register_keras_serializable(package="blockkit")
 class CausalLM(keras.Model):
     """A whole model: token ids `[batch, tokens]` (and, if given, positions) to logits `[batch, tokens, vocabulary]`.
 
-    Saved files hold the architecture itself, so loading needs nothing else.
+    Saved files hold the architecture itself: `keras.saving.load_model` needs only this module to be imported.
 
     Raises:
         BadInput: the architecture is not a whole model, or a size has no number.
@@ -117,23 +135,19 @@ class CausalLM(keras.Model):
         return {s: v for part in (self.embedding, *self.blocks, self.final) for s, v in part.slots.items()}
 
     def call(self, ids: Any, positions: Any = None) -> Any:
-        batch, tokens = ids.shape
-        if batch is None or tokens is None:
-            raise BadInput(
-                "the model needs batches of a known size: use train_on_batch, or a dataset with fixed shapes "
-                "(`tf.data.Dataset.batch(n, drop_remainder=True)`)"
-            )
-        rows = (batch * tokens,)
+        tokens = ids.shape[-1]
+        if tokens is None:
+            raise BadInput("the model needs sequences of a known length: pad them, and give the dataset a fixed shape")
         if positions is None:
-            positions = ops.tile(ops.arange(tokens, dtype="int32"), [batch])
-        positions = ops.reshape(positions, rows)
-        stream = self.embedding(ops.reshape(ids, rows), positions)
+            positions = ops.zeros_like(ids, dtype="int32") + ops.arange(tokens, dtype="int32")
+        positions = ops.reshape(positions, (-1,))
+        stream = self.embedding(ops.reshape(ids, (-1,)), positions)
         for block in (*self.blocks, self.final):
-            stream = block(stream, positions, (tokens,) * batch)
+            stream = block(stream, positions, tokens=tokens)
         table = self.embedding.slots["embedding" if self.architecture.tied else "head"]
         logits = KerasArrays().linear(stream, ops.convert_to_tensor(table))
         logits = logits if self.cap is None else self.cap * ops.tanh(logits / self.cap)
-        return ops.reshape(logits, (batch, tokens, -1))
+        return ops.reshape(logits, (-1, tokens, logits.shape[-1]))
 
     def compute_output_shape(self, shape: Any, *rest: Any) -> Any:
         return (*shape, next(iter(self.embedding.slots.values())).shape[0])

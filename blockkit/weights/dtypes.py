@@ -55,9 +55,7 @@ def encode(values: np.ndarray, dtype: str) -> bytes:
         with np.errstate(over="ignore", invalid="ignore"):
             stored = rounded = values.astype(_NUMPY[dtype])
     else:
-        raise BadInput(
-            f"values of type {dtype} cannot be written; allowed are {', '.join(WIDTHS)}."
-        )
+        raise BadInput(f"values of type {dtype} cannot be written; allowed are {', '.join(WIDTHS)}.")
     if stored.dtype.kind == "f" or dtype == "BF16":
         overflow = np.isfinite(values) & ~np.isfinite(rounded)
         if overflow.any():

@@ -84,8 +84,7 @@ def open_folder(path: str | Path) -> CheckpointFolder:
         raise BadInput(f"the checkpoint folder {folder} {problem}.")
     if not (folder / "config.json").is_file():
         raise BadInput(
-            f"{folder} has no config.json; a Hugging Face checkpoint folder is needed, "
-            "as save_pretrained writes it."
+            f"{folder} has no config.json; a Hugging Face checkpoint folder is needed, as save_pretrained writes it."
         )
     config = _read_json(folder / "config.json")
     stored = _read_stored(folder)

@@ -64,9 +64,7 @@ def _require_readable_types(header: GgufHeader) -> None:
             ) from error
 
 
-def _all_values(
-    header: GgufHeader, targets: Mapping[str, Target], report: Progress
-) -> Iterator[np.ndarray]:
+def _all_values(header: GgufHeader, targets: Mapping[str, Target], report: Progress) -> Iterator[np.ndarray]:
     total = sum(tensor.size for tensor in header.tensors.values())
     done = 0
     for name, target in targets.items():

@@ -104,9 +104,7 @@ class _Parser:
         shape = tuple(self.unpack("<Q") for _ in range(rank))[::-1]
         return name, shape, self.unpack("<I"), self.unpack("<Q")
 
-    def place(
-        self, base: int, name: str, shape: tuple[int, ...], block_type: int, offset: int
-    ) -> GgufTensor:
+    def place(self, base: int, name: str, shape: tuple[int, ...], block_type: int, offset: int) -> GgufTensor:
         gguf = require("gguf")
         try:
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(block_type)]
@@ -116,9 +114,7 @@ class _Parser:
                 "A newer version of the package gguf may know it."
             ) from error
         if not shape or 0 in shape or shape[-1] % per_block:
-            raise self.damaged(
-                f"tensor {name!r} has shape {list(shape)}, not whole blocks of {per_block} values"
-            )
+            raise self.damaged(f"tensor {name!r} has shape {list(shape)}, not whole blocks of {per_block} values")
         start, size = base + offset, math.prod(shape) // per_block * block_bytes
         if start + size > len(self.data):
             raise self.cut_short(f"tensor {name!r} ends at byte {start + size}")
@@ -162,8 +158,7 @@ class _Parser:
 
     def cut_short(self, where: str) -> BadInput:
         return BadInput(
-            f"{self.path} is truncated: {where}, and the file has {len(self.data)}. "
-            "Copy or download it again."
+            f"{self.path} is truncated: {where}, and the file has {len(self.data)}. Copy or download it again."
         )
 
     def damaged(self, what: str) -> BadInput:

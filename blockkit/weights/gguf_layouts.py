@@ -56,9 +56,7 @@ def _common_config(header: GgufHeader, prefix: str) -> Config:
 
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
-        raise BadInput(
-            f"{header.path} has no tensor token_embd.weight, so it holds no whole model."
-        )
+        raise BadInput(f"{header.path} has no tensor token_embd.weight, so it holds no whole model.")
     heads = key("attention.head_count")
     config = {
         "vocab_size": embedding.shape[0],
@@ -114,10 +112,7 @@ def _gemma3_config(header: GgufHeader) -> Config:
         "rope_local_base_freq": 10_000.0,
         "sliding_window": _metadata(header, "gemma3.attention.sliding_window"),
         "sliding_window_pattern": pattern,
-        "layer_types": [
-            "sliding_attention" if (layer + 1) % pattern else "full_attention"
-            for layer in range(layers)
-        ],
+        "layer_types": ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)],
         "final_logit_softcapping": header.metadata.get("gemma3.final_logit_softcapping"),
         "attn_logit_softcapping": None,
     }
@@ -167,9 +162,7 @@ def _targets(config: Config, is_gemma: bool) -> dict[str, Target]:
                 f"model.layers.{layer}.{theirs}.weight", shape, paired_heads=paired.get(ours, 0)
             )
         for (ours, theirs), size in _layer_norms(config, is_gemma).items():
-            targets[f"blk.{layer}.{ours}.weight"] = Target(
-                f"model.layers.{layer}.{theirs}.weight", (size,), added
-            )
+            targets[f"blk.{layer}.{ours}.weight"] = Target(f"model.layers.{layer}.{theirs}.weight", (size,), added)
     targets["output_norm.weight"] = Target("model.norm.weight", (width,), added)
     if not config["tie_word_embeddings"]:
         targets["output.weight"] = Target("lm_head.weight", (vocabulary, width))

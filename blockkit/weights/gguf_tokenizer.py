@@ -82,9 +82,7 @@ def _array(header: GgufHeader, name: str) -> Sequence[Any]:
 def _role_tokens(header: GgufHeader) -> dict[str, str]:
     """Return the text of the tokens that have a role: "bos", "eos", "unk", "pad"."""
     tokens = _array(header, "tokens")
-    ids = {
-        role: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()
-    }
+    ids = {role: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
     for role, place in ids.items():
         if place is not None and not (isinstance(place, int) and 0 <= place < len(tokens)):
             raise BadInput(f"{header.path}: the {role} token id {place} is not in the vocabulary.")
@@ -119,16 +117,12 @@ def _set_spaces(tk: Any, tokenizer: Any, is_gemma: bool, prefix: bool) -> None:
     tokenizer.decoder = tk.decoders.Sequence(decoders)
 
 
-def _add_whole_tokens(
-    tk: Any, tokenizer: Any, header: GgufHeader, tokens: list[str], kinds: list[int]
-) -> None:
+def _add_whole_tokens(tk: Any, tokenizer: Any, header: GgufHeader, tokens: list[str], kinds: list[int]) -> None:
     """Let control and user-defined tokens match whole in the text, before any merge."""
     roles = set(_role_tokens(header).values())
     control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL or t in roles]
     known = tokenizer.get_vocab(with_added_tokens=False)
-    defined = [
-        t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED and t in known
-    ]
+    defined = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED and t in known]
     tokenizer.add_special_tokens([tk.AddedToken(t, normalized=False) for t in control])
     tokenizer.add_tokens([tk.AddedToken(t, normalized=False) for t in defined])
 

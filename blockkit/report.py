@@ -1,0 +1,134 @@
+"""What a person or a program sees: results as JSON objects and as pages of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import catalog
+from .algorithm import Absorbed
+from .measure import Reference
+from .metrics import probabilities
+from .plan import Plan
+from .verdict import Verdict
+from .weights.tokenizer import Tokenizer
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "patchable": verdict.patchable,
+        "capacity": verdict.capacity.json(),
+        "routes": [
+            {
+                "parameters": list(r.parameters),
+                "capacity": r.capacity.json(),
+                "conditions": [f"{c.node}: {c}" for c in r.conditions],
+                "source": r.source,
+            }
+            for r in verdict.routes
+        ],
+        "obstructions": [{"node": o.node, "reason": o.reason} for o in verdict.obstructions],
+    }
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "strategy": plan.strategy,
+        "steps": [
+            {
+                "parameter": s.parameter,
+                "shape": s.shape,
+                "law": s.law,
+                "formula": s.formula,
+                "rank": s.rank,
+                "conditions": list(s.conditions),
+                "source": s.source,
+            }
+            for s in plan.steps
+        ],
+        "numbers_stored": plan.numbers_stored.json(),
+    }
+
+
+def catalogue_json() -> list[dict[str, str]]:
+    found = []
+    for family in catalog.families():
+        entry = catalog.entry(family)
+        for name in (family, *(f"{family}-{v}" for v in entry.variants)):
+            found.append(
+                {"name": name, "family": family, "note": entry.architecture.note, "source": entry.architecture.source}
+            )
+    return found
+
+
+def absorbed_json(
+    absorbed: Absorbed, reference: Reference, backend: str, dtype: str, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    measured, request = absorbed.measured, absorbed.request
+    return {
+        "tokens": len(request.served),
+        "mode": request.tokens,
+        "context_tokens": len(request.context),
+        "query_tokens": len(request.query),
+        "backend": backend,
+        "dtype": dtype,
+        "unpatched_linf": reference.unpatched.linf,
+        "linf": measured.linf,
+        "linf_factored": reference.factored.linf if reference.factored else measured.linf,
+        "tvd": measured.tvd,
+        "top1_agree": measured.top1_agree,
+        "floor_linf": reference.floor.linf,
+        "floor_top1_agree": reference.floor.top1_agree,
+        "residual_by_block": list(absorbed.residual_by_block),
+        "plan": {kind: plan_json(plan) for kind, plan in absorbed.plans.items()},
+        "seconds": {k: round(v, 4) for k, v in seconds.items()},
+    }
+
+
+def absorbed_text(result: Mapping[str, Any]) -> str:
+    """The errors of an absorbed context, beside what they are judged against."""
+    served = "the last token" if result["mode"] == "last" else f"{result['tokens']} token(s)"
+    rows = [
+        ("no patch", f"{result['unpatched_linf']:.3g}"),
+        (
+            "edited model, merged weights" if result["mode"] != "each" else "edited model, per-token factors",
+            f"{result['linf']:.3g}",
+        ),
+        ("the same changes kept as factors", f"{result['linf_factored']:.3g}"),
+        ("recompute floor (with and without cache)", f"{result['floor_linf']:.3g}"),
+    ]
+    if result["mode"] == "each":
+        rows.pop(2)
+    width = max(len(name) for name, _ in rows)
+    lines = [
+        f"{result['context_tokens']} context tokens absorbed, exact for {served} of the query "
+        f"({result['backend']}, {result['dtype']})",
+        "largest error of a logit against the contextual run:",
+        *(f"  {name:<{width}}  {value:>9}" for name, value in rows),
+        f"same most probable token: {result['top1_agree']:.0%}; total variation distance {result['tvd']:.2g}; "
+        f"largest residual of a block {max(result['residual_by_block'], default=0.0):.2g}",
+        "seconds: " + ", ".join(f"{stage} {value:.2f}" for stage, value in result["seconds"].items()),
+    ]
+    if result["mode"] != "each" and result["linf_factored"] > 100 * max(result["linf"], result["floor_linf"]):
+        lines.append(
+            "note: this patch is exact for the very arithmetic that it was made in, and sensitive to rounding: the same "
+            "changes applied as factors are far off. To run the edited model elsewhere, use --strategy stable"
+        )
+    return "\n".join(lines)
+
+
+def next_tokens_text(tokenizer: Tokenizer, rows: Mapping[str, np.ndarray], count: int = 5) -> str:
+    """The most probable next tokens of several runs, side by side. Logits `[vocabulary]` by name."""
+    columns = []
+    for name, logits in rows.items():
+        chances = probabilities(logits[None])[0]
+        best = np.argsort(-chances)[:count]
+        columns.append([name, *(f"{tokenizer.decode([int(i)])!r} {chances[i]:.1%}" for i in best)])
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*columns, strict=True)
+    ]
+    return "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,108 @@
+"""Speed and memory of absorbing a 500-token context, against one plain contextual forward.
+
+    python tests/bench.py [BACKEND ...]        (or: make bench)
+
+For each backend a fresh process runs both in turn, A B A B ..., after a warm-up of each (compilation is
+not counted), and prints the median seconds and their ratio; peak memory comes from two more processes,
+one that only runs the forward and one that only absorbs. Both sides compute logits for the query alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+CONTEXT_TOKENS, QUERY_TOKENS, RUNS = 500, 10, 7
+STRATEGIES = ("stable", "minimal", "matrix", "paper")
+
+
+def prepare(backend: str) -> tuple[Callable[[], Any], Callable[[str], Any]]:
+    """The plain forward and the absorption, on the real Gemma 3 270M."""
+    import numpy as np
+    from blockkit import algorithm
+    from blockkit.checkpoint import open_model
+    from blockkit.opening import open_executor
+    from blockkit.run import logits_of, run_stream
+    from blockkit.weights import load_tokenizer, resolve_model
+
+    model = open_model(resolve_model("gemma3-270m"))
+    executor = open_executor(model, backend, "float32")
+    text = " ".join(f"Item {i} of the list is a {w}." for i in range(80) for w in ("stone", "river", "cloud"))
+    ids = np.array(load_tokenizer(model.folder.path).encode(text, special=True))[: CONTEXT_TOKENS + QUERY_TOKENS]
+    positions = np.arange(len(ids))
+    request = algorithm.Request(ids[:CONTEXT_TOKENS], ids[CONTEXT_TOKENS:])
+
+    def forward() -> Any:
+        return logits_of(executor, run_stream(executor, ids, positions)[CONTEXT_TOKENS:])
+
+    def absorb(strategy: str) -> Any:
+        return algorithm.absorb(executor, request, strategy)
+
+    return forward, absorb
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def timed(backend: str) -> dict[str, Any]:
+    forward, absorb = prepare(backend)
+    found: dict[str, Any] = {}
+    for strategy in STRATEGIES:
+        forward(), absorb(strategy)
+        pairs = [(seconds(forward), seconds(lambda s=strategy: absorb(s))) for _ in range(RUNS)]  # type: ignore[misc]
+        found[strategy] = {
+            "forward": statistics.median(a for a, _ in pairs),
+            "absorb": statistics.median(b for _, b in pairs),
+            "ratio": statistics.median(b / a for a, b in pairs),
+        }
+    return found
+
+
+def peak(backend: str, what: str) -> dict[str, float]:
+    """Peak memory of this process in MiB after three runs of one thing."""
+    forward, absorb = prepare(backend)
+    for _ in range(3):
+        forward() if what == "forward" else absorb("stable")
+    return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def child(backend: str, what: str) -> Any:
+    env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", backend, what], env=env, stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        backend, what = sys.argv[2:]
+        print(json.dumps(timed(backend) if what == "time" else peak(backend, what)))
+        return
+    chosen = sys.argv[1:] or [b for b in ("numpy", "jax", "tensorflow", "torch") if b == "numpy" or find_spec(b)]
+    print(
+        f"{CONTEXT_TOKENS} context tokens, {QUERY_TOKENS} query tokens, Gemma 3 270M, float32, {os.cpu_count()} cores"
+    )
+    for backend in chosen:
+        for strategy, row in child(backend, "time").items():
+            figures = f"forward {row['forward']:.2f} s  absorb {row['absorb']:.2f} s  ratio {row['ratio']:.2f}"
+            print(f"{backend:<11} {strategy:<8} {figures}", flush=True)
+        plain, absorbing = (child(backend, what)["mib"] for what in ("forward", "absorb"))
+        print(
+            f"{backend:<11} peak memory: forward {plain:.0f} MiB  absorb {absorbing:.0f} MiB  ratio {absorbing / plain:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
