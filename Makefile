@@ -7,10 +7,10 @@ TEST := .venv
 EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
 comma := ,
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint figures bench clean help
 
 help:
-	@sed -n 1p Makefile; echo "also: make lint, make bench, make clean; BACKEND=jax make demo runs it on JAX"
+	@sed -n 1p Makefile; echo "also: make lint, make figures, make bench, make clean; BACKEND=jax make demo runs it on JAX"
 
 demo: $(DEMO)/.ready-$(BACKEND)
 	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
@@ -23,6 +23,9 @@ lint: $(TEST)/.ready
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/mypy blockkit
 	$(TEST)/bin/mypy backends
+
+figures: $(TEST)/.ready
+	$(TEST)/bin/python tests/figures.py
 
 bench: $(TEST)/.ready
 	$(TEST)/bin/python tests/bench.py

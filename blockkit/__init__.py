@@ -11,7 +11,7 @@
 Nothing heavy is imported here; frameworks only where a backend is asked for.
 """
 
-from .api import check, load, plan, schema
+from .api import check, load, plan, replace_constants, schema
 from .architecture import Architecture, Block, Embedding, Head, Layers
 from .components import (
     MLP,
@@ -84,6 +84,7 @@ __all__ = [
     "check",
     "load",
     "plan",
+    "replace_constants",
     "schema",
     "stream",
 ]

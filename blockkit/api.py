@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from .architecture import Architecture, Block
 from .errors import BadInput
 from .graph import Graph
 from .plan import Plan, make_plan
+from .planner import Obstruction
 from .sizes import Capacity
 from .spec import architecture_from, graph_from, read_document, schema
-from .planner import Obstruction
 from .verdict import Verdict, judge
 
-__all__ = ["check", "load", "plan", "schema"]
+__all__ = ["check", "load", "plan", "replace_constants", "schema"]
 
 Spec = str | Path | Architecture | Block | Graph
 
@@ -81,6 +82,11 @@ def plan(
     graphs = _distinct(spec, only, freeze)
     plans = [make_plan(graph, strategy, _positive(tokens)) for graph in graphs.values()]
     return plans[0]
+
+
+def replace_constants(architecture: Architecture, constants: Mapping[str, Any]) -> Architecture:
+    """The architecture with more of its symbols given numbers."""
+    return replace(architecture, constants={**architecture.constants, **constants})
 
 
 def _positive(tokens: int | None) -> int | None:

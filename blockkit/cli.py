@@ -218,7 +218,8 @@ class Session:
 
 def _faithful(result: dict[str, Any]) -> bool:
     """Whether the edited model's run is the contextual one, as far as that can be told at all."""
-    return result["linf"] <= 10 * result["floor_linf"] or result["linf"] == 0
+    rounding = {"float64": 1e-15, "float32": 1e-6}.get(result["dtype"], 1e-2) * result["largest_logit"]
+    return result["linf"] <= 10 * max(result["floor_linf"], rounding)
 
 
 def _choose_keras_backend(backend: str, dtype: str) -> None:

@@ -60,7 +60,8 @@ class BlockStepper:
         """Solves the plan's steps and runs the patched block.
 
         Args:
-            contextual, reduced: the two runs' residual streams, `[context_rows + query, d_model]` and `[query, d_model]`.
+            contextual: its residual stream, `[context_rows + query, d_model]`.
+            reduced: its residual stream, `[query, d_model]`.
             past: what mixing nodes of the contextual run remember of context rows that are not among its rows.
 
         Returns:

@@ -20,7 +20,7 @@ class Reference:
     Attributes:
         unpatched: the model without the context and without a patch.
         factored: the edited model with its changes kept as factors; None where that is what was run.
-        floor: two contextual runs that are equal on paper, with and without the key-value cache.
+        floor: contextual runs that are equal on paper, with and without the key-value cache.
         without: logits of the unpatched run, `[served, vocabulary]`.
     """
 
@@ -38,12 +38,23 @@ def measure(executor: Executor, absorbed: Absorbed) -> Reference:
     if request.merge:
         kept = run_query(executor, request, absorbed.overlays, merge=False)[first:]
         factored = compare(logits_of(executor, kept), absorbed.contextual)
-    floor = compare(recomputed(executor, request), absorbed.contextual)
+    floor = max((compare(*pair) for pair in recomputed(executor, request, absorbed.contextual)), key=lambda c: c.linf)
     return Reference(compare(without, absorbed.contextual), factored, floor, without)
 
 
-def recomputed(executor: Executor, request: Request) -> np.ndarray:
-    """The contextual logits again, the query running behind a cache of the context. `[served, vocabulary]`."""
-    cache = fill_cache(executor, request.context, np.arange(len(request.context)))
-    stream = run_stream(executor, request.query, request.positions, cache=cache)
-    return logits_of(executor, stream[request.served[0] :])
+def recomputed(executor: Executor, request: Request, contextual: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The contextual logits again behind a key-value cache, beside those to compare them with.
+
+    Twice: the query in one piece behind a cache of the context, and the last token alone behind a cache
+    of all before it, as in decoding. Each pair is `[tokens, vocabulary]`.
+    """
+    before = np.concatenate([request.context, request.query[:-1]])
+    pairs = []
+    for past, ids, wanted in (
+        (request.context, request.query, contextual),
+        (before, request.query[-1:], contextual[-1:]),
+    ):
+        cache = fill_cache(executor, past, np.arange(len(past)))
+        stream = run_stream(executor, ids, np.arange(len(past), len(past) + len(ids)), cache=cache)
+        pairs.append((logits_of(executor, stream[-len(wanted) :]), wanted))
+    return pairs

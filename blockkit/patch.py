@@ -59,7 +59,8 @@ class Patch:
         """For which tokens the patch is exact, in words."""
         served = {"last": "the last token", "each": "every token, each with its own patch", "all": "every token"}
         start, stop = self.context_length, self.context_length + len(self.query) - 1
-        return f"exact for {served[self.tokens]} of one query of {len(self.query)} token(s), at positions {start} to {stop}"
+        where = f"one query of {len(self.query)} token(s), at positions {start} to {stop}"
+        return f"exact for {served[self.tokens]} of {where}"
 
     @staticmethod
     def of(absorbed: Any, model: Model, dtype: str) -> Patch:
@@ -108,9 +109,9 @@ class Patch:
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(save(_tensors(self.changes), header))
-                os.replace(name, target)
+                Path(name).replace(target)
             except BaseException:
-                os.unlink(name)
+                Path(name).unlink()
                 raise
         except OSError as error:
             raise BadInput(f"cannot write {target}: {error.strerror or error}") from None

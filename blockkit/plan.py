@@ -152,10 +152,8 @@ def _solution(step: Step, graph: Graph) -> str:
     """The assignment with the graph's own names; `n_C` is the contextual value of node n."""
     link = step.path[-1]
     last, action = graph.node[link.node], link.law.action
-    if len(step.path) == 1:
-        change = f"({step.goal}_C - {step.goal})"
-    else:
-        change = f"d_{last.name}({step.goal}_C - {step.goal})"  # the residual, pulled back through the path
+    pulled = "" if len(step.path) == 1 else f"d_{last.name}"  # what the residual at the goal asks of this node
+    change = f"{pulled}({step.goal}_C - {step.goal})"
     if action is Action.WEIGHT:
         z = last.args[0]
         return f"{step.parameter} += {change} {z}^T / |{z}|^2"

@@ -77,6 +77,7 @@ def absorbed_json(
         "unpatched_linf": reference.unpatched.linf,
         "linf": measured.linf,
         "linf_factored": reference.factored.linf if reference.factored else measured.linf,
+        "largest_logit": float(np.abs(absorbed.contextual).max()),
         "tvd": measured.tvd,
         "top1_agree": measured.top1_agree,
         "floor_linf": reference.floor.linf,
@@ -113,8 +114,8 @@ def absorbed_text(result: Mapping[str, Any]) -> str:
     ]
     if result["mode"] != "each" and result["linf_factored"] > 100 * max(result["linf"], result["floor_linf"]):
         lines.append(
-            "note: this patch is exact for the very arithmetic that it was made in, and sensitive to rounding: the same "
-            "changes applied as factors are far off. To run the edited model elsewhere, use --strategy stable"
+            "note: this patch is exact in the very arithmetic that it was made in, and sensitive to rounding: the "
+            "same changes applied as factors are far off. To run the edited model elsewhere, use --strategy stable"
         )
     return "\n".join(lines)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from .errors import BadInput
 
-
 _TERM = re.compile(r"([+-]?)\s*([^+-]+)")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*\Z")
 _ASSUMED = 64  # what a symbol is taken to be where unknown sizes have to be put in an order

@@ -136,8 +136,7 @@ def _block(document: Any, width: Any, place: Place) -> Block:
     }
     globs = {k: tuple(_strings(top[k], place.at(k, top[k]))) for k in ("tied", "frozen") if k in top}
     try:
-        block = Block(str(top["output"]), width, nodes, str(top.get("input", "x")), **globs)
-        return block
+        return Block(str(top["output"]), width, nodes, str(top.get("input", "x")), **globs)
     except BadInput as error:
         raise BadInput(f"{place}: {error}") from None
 

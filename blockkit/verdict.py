@@ -33,9 +33,8 @@ class Verdict:
         if self.routes:
             lines.append("routes, the outermost parameter first:")
         for number, route in enumerate(self.routes, 1):
-            lines.append(
-                f"  {number}. {' + '.join(route.parameters) or 'nothing to do'}   tokens: {route.capacity}   {route.source}"
-            )
+            names = " + ".join(route.parameters) or "nothing to do"
+            lines.append(f"  {number}. {names}   tokens: {route.capacity}   {route.source}")
             lines.extend(f"       if {c.node}: {c}" for c in route.conditions)
         if self.obstructions:
             lines.append("why not:")

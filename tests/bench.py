@@ -27,6 +27,7 @@ STRATEGIES = ("stable", "minimal", "matrix", "paper")
 def prepare(backend: str) -> tuple[Callable[[], Any], Callable[[str], Any]]:
     """The plain forward and the absorption, on the real Gemma 3 270M."""
     import numpy as np
+
     from blockkit import algorithm
     from blockkit.checkpoint import open_model
     from blockkit.opening import open_executor
@@ -99,9 +100,8 @@ def main() -> None:
             figures = f"forward {row['forward']:.2f} s  absorb {row['absorb']:.2f} s  ratio {row['ratio']:.2f}"
             print(f"{backend:<11} {strategy:<8} {figures}", flush=True)
         plain, absorbing = (child(backend, what)["mib"] for what in ("forward", "absorb"))
-        print(
-            f"{backend:<11} peak memory: forward {plain:.0f} MiB  absorb {absorbing:.0f} MiB  ratio {absorbing / plain:.2f}"
-        )
+        figures = f"forward {plain:.0f} MiB  absorb {absorbing:.0f} MiB  ratio {absorbing / plain:.2f}"
+        print(f"{backend:<11} peak memory: {figures}", flush=True)
 
 
 if __name__ == "__main__":

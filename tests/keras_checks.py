@@ -71,7 +71,6 @@ def tokens(seed: int, batch: int = BATCH) -> np.ndarray:
 def filled(family: str, folder: Path) -> tuple[Any, Any]:
     """The checkpoint, and a Keras model with its weights."""
     from blockkit.backends.keras import build, load_weights
-
     from blockkit.checkpoint import open_model
 
     source = open_model(folder / family)
@@ -90,7 +89,6 @@ def check_forward(family: str, folder: Path) -> dict[str, Any]:
     """The summary, the largest difference from the reference in float32, and the saved file."""
     source, model = filled(family, folder)
     from blockkit.backends.keras import executor
-
     from blockkit.executor import reference
     from blockkit.run import logits_of, run_stream
 
@@ -122,8 +120,9 @@ def check_forward(family: str, folder: Path) -> dict[str, Any]:
 
 def check_load(family: str, folder: Path) -> dict[str, Any]:
     """The saved file, opened in this new process by Keras itself."""
-    import blockkit.backends.keras  # noqa: F401  (registers the model's class)
     import keras
+
+    import blockkit.backends.keras  # noqa: F401  (registers the model's class)
 
     model = keras.saving.load_model(folder / f"{family}.keras")
     logits = values(model(tokens(1)))
@@ -181,8 +180,8 @@ def check_shared(family: str, folder: Path) -> dict[str, Any]:
     from dataclasses import replace
 
     import keras
-    from blockkit.backends.keras import build
 
+    from blockkit.backends.keras import build
     from blockkit.checkpoint import open_model
 
     plain = open_model(folder / family).architecture
@@ -208,8 +207,8 @@ def check_shared(family: str, folder: Path) -> dict[str, Any]:
 def check_dtype(family: str, folder: Path) -> dict[str, Any]:
     """A model in bfloat16 stays so in its file."""
     import keras
-    from blockkit.backends.keras import build
 
+    from blockkit.backends.keras import build
     from blockkit.checkpoint import open_model
 
     model = build(open_model(folder / family).architecture, "bfloat16")
@@ -239,7 +238,6 @@ def cross_entropy(family: str, folder: Path, ids: np.ndarray, targets: np.ndarra
 def check_wrong_backend(family: str, folder: Path) -> dict[str, Any]:
     """The messages of the openers of the backends that Keras is not running on."""
     from blockkit.backends import keras as kit
-
     from blockkit.checkpoint import open_model
     from blockkit.errors import BadInput
 

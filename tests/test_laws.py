@@ -556,7 +556,7 @@ def test_the_hard_case_puts_what_is_missing_where_the_scale_is_least() -> None:
 
 
 @SLOW
-@given(st.integers(2, 24), st.floats(0.0, 0.99), st.integers(0, 10**6))
+@given(st.integers(2, 24), st.just(0.0) | st.floats(1e-6, 0.99), st.integers(0, 10**6))
 def test_the_hard_case_costs_at_most_the_least_scale(width: int, length: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     m, short = rng.normal(size=width), rng.normal(size=width)

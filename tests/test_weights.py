@@ -106,8 +106,8 @@ def sharded(tmp_path: Path) -> Path:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     write_safetensors(folder / "model-00001-of-00002.safetensors", FIRST)
     write_safetensors(folder / "model-00002-of-00002.safetensors", SECOND)
-    placement = {name: "model-00001-of-00002.safetensors" for name in FIRST}
-    placement |= {name: "model-00002-of-00002.safetensors" for name in SECOND}
+    placement = dict.fromkeys(FIRST, "model-00001-of-00002.safetensors")
+    placement |= dict.fromkeys(SECOND, "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placement}))
     return folder
 

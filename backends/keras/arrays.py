@@ -105,11 +105,11 @@ class KerasArrays:
         if self.name == "jax":
             import jax
 
-            return jax.jit(function)  # type: ignore[no-any-return]
+            return jax.jit(function)
         if self.name == "tensorflow":
             import tensorflow as tf
 
-            return tf.function(function, autograph=False)  # type: ignore[no-any-return]
+            return tf.function(function, autograph=False)
         return _without_gradients(function)
 
 

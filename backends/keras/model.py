@@ -56,7 +56,7 @@ class GraphBlock(Weights):
     def __init__(self, graph: Graph, names: dict[str, str], shared: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.graph, self.names = graph, names
-        self.shared = lambda slot: shared[slot]  # owned by an earlier block; Keras must not count it twice
+        self.shared: Any = shared.__getitem__  # owned by an earlier block; Keras must not count it twice
         offset = {n.args[1] for n in graph.nodes if getattr(n.op, "offset", 0.0)}
         for p in graph.parameters:
             if names[p.name] in shared:

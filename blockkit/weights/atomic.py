@@ -1,6 +1,5 @@
 """A folder that appears complete or not at all."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield partial
         if target.exists():
             target.rmdir()
-        os.rename(partial, target)
+        partial.rename(target)
     except OSError as error:
         raise BadInput(
             f"cannot write the folder {out}: {error}. "
