@@ -301,6 +301,7 @@ class GatedMLP(Component):
 class RopeSettings:
     """Rotary positions: `base` of the wave lengths; `scaling` divides the positions."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     base: Number = 10000.0
     scaling: Number = 1.0
 
@@ -309,6 +310,7 @@ class RopeSettings:
 class QKNorm:
     """RMSNorm of queries and keys, per head, times (offset + scale)."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     eps: Number = 1e-6
     offset: float = 0.0
 
@@ -363,7 +365,7 @@ class Attention(Component):
             return to.size(self.head_dim)
         if width.known is None or heads.known is None:
             raise BadInput(f"{name}: head_dim must be given while the width or the heads are symbols")
-        if width.known % heads.known:
+        if not heads.known or width.known % heads.known:
             raise BadInput(f"{name}: {heads} heads do not divide the width {width}; give head_dim")
         return Size.of(width.known // heads.known)
 
@@ -448,9 +450,13 @@ def lower(
     """
     to = Lowering(constants, width, {input: width})
     values = {input: input}
+    if input in components:
+        raise BadInput(f"two things are named {input!r}: the stream and a component need names of their own")
     for name in _in_order(components, input):
         component = components[name]
         names = tuple(values[i] for i in inputs_of(component))
+        if not names:
+            raise BadInput(f"component {name!r} ({component.kind}) reads nothing")
         try:
             values[name] = component.lower(to, name, names)
             to.shapes[values[name]] = component.width(to, tuple(to.shapes[n] for n in names))

@@ -230,7 +230,7 @@ def _cycle(by_name: Mapping[str, Node], waiting: Mapping[str, int]) -> list[str]
 def _infer(input: str, width: Size, parameters: tuple[Parameter, ...], nodes: tuple[Node, ...]) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {input: (width,)}
     for p in parameters:
-        if len(p.shape) not in (1, 2) or any(s.known == 0 for s in p.shape):
+        if len(p.shape) not in (1, 2) or any(s.known is not None and s.known < 1 for s in p.shape):
             raise BadInput(f"parameter {p.name!r} must be a vector or a matrix of positive sizes")
         shapes[p.name] = p.shape
     stored = {p.name for p in parameters}

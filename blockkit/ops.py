@@ -80,6 +80,8 @@ class Op:
 def _same_width(kind: str, args: Sequence[Argument], least: int) -> Shape:
     if len(args) < least:
         raise BadInput(f"{kind} takes at least {least} arguments, got {len(args)}")
+    if all(a.parameter for a in args):
+        raise BadInput(f"{kind} takes at least one signal, got parameters only")
     for a in args:
         if len(a.shape) != 1:
             raise BadInput(f"{kind} takes vectors, got a matrix {show_shape(a.shape)}; use matmul")
@@ -158,7 +160,10 @@ class Scale(Op):
 
     alpha: float
     kind: ClassVar[str] = "scale"
-    injective: ClassVar[bool] = True
+
+    @property
+    def injective(self) -> bool:  # type: ignore[override]
+        return self.alpha != 0
 
     def infer(self, args: Sequence[Argument]) -> Shape:
         return _one_signal(self.kind, args)
@@ -386,8 +391,8 @@ class Concat(Op):
     injective: ClassVar[bool] = True
 
     def infer(self, args: Sequence[Argument]) -> Shape:
-        if not args or any(len(a.shape) != 1 for a in args):
-            raise BadInput("concat takes one or more vectors")
+        if not args or any(a.parameter for a in args):
+            raise BadInput("concat takes one or more signals, no parameters")
         total = Size.of(0)
         for a in args:
             total = total + a.width
@@ -403,7 +408,7 @@ class Concat(Op):
 
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
         if all(r is moved[0] for r in moved):
-            return moved[0] if moved[0] in (Reach.POINT, Reach.ALL) or moved[0].one_sided else Reach.BALL
+            return Reach.BALL if moved[0].bounded and moved[0] is not Reach.POINT else moved[0]
         return Reach.BALL if all(r.bounded for r in moved) else Reach.PROPER
 
 

@@ -38,9 +38,11 @@ from functools import cached_property
 
 from .graph import Graph, Node
 from .laws import Action, Condition, Kind, Law, parameter_capacity
-from .ops import Add, LayerNorm, MatMul, Multiply, RMSNorm, Scale, Softmax
+from .ops import Add, Concat, LayerNorm, MatMul, Multiply, RMSNorm, Scale, Slice, Softmax
 from .reach import Reach, covers
 from .sizes import Capacity, Size
+
+MOST_TERMS = 64  # longer sums are not followed term by term
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,8 @@ class Planner:
             return
         arg = node.args[1 - position]
         norm = self.graph.node.get(arg)
+        if node.op.offset and position == 0:
+            return  # the offset stands beside the norm, not beside the scale
         if norm is None or not isinstance(norm.op, RMSNorm) or len(self.graph.uses[arg]) > 1:
             return
         fed = norm.args[0]
@@ -251,7 +255,34 @@ class Planner:
         shape = self.graph.parameter[parameter].shape
         numbers = shape[0] + shape[1] if last is Action.WEIGHT else shape[0]
         capacity = parameter_capacity(last, shape) if exact else Capacity.of(1)
+        if last is Action.WEIGHT and exact:
+            capacity = capacity & self.spans[self.graph.node[path[-1].node].args[0]]
         return Step(parameter, goal, path, tuple(self._conditions(path)), capacity, numbers, exact)
+
+    @cached_property
+    def spans(self) -> dict[str, Capacity]:
+        """The most dimensions that the values of a node can span over all tokens: an upper bound.
+
+        A matrix that reads a bottleneck serves no more tokens than the bottleneck is wide.
+        """
+        graph = self.graph
+        found = {graph.input: Capacity.of(graph.width)}
+        for node in graph.nodes:
+            width = graph.shapes[node.name][0]
+            signals = [a for a in node.args if a not in graph.parameter]
+            below, own = [found[a] for a in signals], Capacity.of(width)
+            scaled = isinstance(node.op, Multiply) and (not node.op.offset or node.args[0] in signals)
+            if isinstance(node.op, LayerNorm):
+                own = Capacity.of(width - Size.of(1))
+            elif isinstance(node.op, MatMul | Scale | RMSNorm) or (scaled and len(signals) == 1):
+                own = own & below[0]
+            elif isinstance(node.op, Add | Concat):
+                total = [Size.of(1 if len(node.args) > len(signals) else 0)]
+                for part in below:
+                    total = [t + s for t in total for s in part.sizes][:MOST_TERMS]
+                own = own & Capacity.of(*total)
+            found[node.name] = own
+        return found
 
     def _conditions(self, path: tuple[Link, ...]) -> Iterator[Condition]:
         """The conditions of the laws on a path; behind a known matrix, elementwise laws join its rank."""
@@ -290,10 +321,9 @@ class Planner:
         return [route for cut in self.cuts for route in self.steer(cut)]
 
     def joined_route(self) -> Route | None:
-        """Rule 3 of restore from the cut nearest the context: every argument restored on its own."""
-        if not self.cuts:
-            return None
-        return self.restore(self.cuts[-1])
+        """Restores the first cut, from the context on, that can be restored by several parameters together."""
+        found = (self.restore(cut) for cut in reversed(self.cuts))
+        return next((route for route in found if route is not None), None)
 
     def restore(self, goal: str, barred: frozenset[str] = frozenset(), inner: bool = False) -> Route | None:
         """A route that restores `goal` without passing `barred` nodes; None if there is none.
@@ -364,12 +394,16 @@ class Planner:
         )
         last = self.graph.node[outermost.path[-1].node]
         steps: dict[Step, None] = {}
+        complete = not barred  # whether the inner steps alone restore the goal
         for arg in last.args:
             if arg in self.graph.contextual and arg not in barred:
                 inner = self.restore(arg, barred, inner=True)
                 steps.update(dict.fromkeys(inner.steps if inner else ()))
+                complete = complete and inner is not None
         if not steps:
             return single[0]
+        if complete:
+            return Route(self._ordered(steps), "Lemmas 6 and 7, input side alone")
         return Route((*self._ordered(steps), outermost), "Theorems 1 and 5")
 
     # -- why not ---------------------------------------------------------------------------------
@@ -413,7 +447,8 @@ class Planner:
             depends = [a for a in node.args if a in self.graph.contextual]
             held = all(a in depends or free.get(a, self._at_rest(a)) is Reach.POINT for a in node.args)
             if not (node.op.injective and len(depends) == 1 and held):
-                return tokens is not None and self._too_few_numbers(tokens)
+                everything = asked[self.graph.output] is Reach.ALL
+                return tokens is not None and everything and self._too_few_numbers(tokens)
             name = depends[0]
 
     def _unbalanced(self, node: Node, free: dict[str, Reach], asked: dict[str, Reach]) -> bool:
@@ -454,7 +489,43 @@ class Planner:
                 extent[node.name] = Reach.POINT if still else Reach.ALL
             else:
                 extent[node.name] = node.op.reach(inputs, self.graph.arguments(node))
+                if not moved and self._may_cancel(node, extent):
+                    extent[node.name] = Reach.POINT
         return extent
+
+    def _may_cancel(self, node: Node, extent: dict[str, Reach]) -> bool:
+        """Whether known linear maps may take out again what the context brought in."""
+        if isinstance(node.op, Slice):
+            return extent.get(node.args[0]) is Reach.PROPER
+        if not isinstance(node.op, Add) or node.name not in self.graph.contextual:
+            return False
+        terms = self._combinations[node.name]
+        return terms is None or 0 in terms.values()
+
+    @cached_property
+    def _combinations(self) -> dict[str, dict[str, float] | None]:
+        """Each contextual value as a sum of multiples of others, through sums and known numbers.
+
+        None where there are too many terms to keep.
+        """
+        found: dict[str, dict[str, float] | None] = {}
+        for node in self.graph.nodes:
+            if node.name not in self.graph.contextual:
+                continue
+            if not isinstance(node.op, Add | Scale):
+                found[node.name] = {node.name: 1.0}
+                continue
+            factor = node.op.alpha if isinstance(node.op, Scale) else 1.0
+            total: dict[str, float] | None = {}
+            for arg in (a for a in node.args if a in self.graph.contextual):
+                part = found[arg]
+                if part is None or total is None or len(part) + len(total) > MOST_TERMS:
+                    total = None
+                    continue
+                for source, times in part.items():
+                    total[source] = total.get(source, 0.0) + factor * times
+            found[node.name] = total
+        return found
 
     def _at_rest(self, name: str) -> Reach:
         """The reach of a parameter or of the input."""

@@ -34,11 +34,12 @@ class Size:
         """
         if isinstance(value, Size):
             return value
-        if isinstance(value, int):
-            if value < 0:
-                raise BadInput(f"a size cannot be negative: {value}")
-            return Size._collect([((), value)])
-        return Size._collect(_parse_terms(value))
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise BadInput(f"not a size: {value!r}; write a number, a symbol or a sum of products, as 2*d_ff")
+        found = Size._collect([((), value)] if isinstance(value, int) else _parse_terms(value))
+        if found.known is not None and found.known < 0:
+            raise BadInput(f"a size cannot be negative: {value}")
+        return found
 
     @staticmethod
     def _collect(pairs: Iterable[tuple[tuple[str, ...], int]]) -> Size:
@@ -52,7 +53,7 @@ class Size:
         return self.terms == other.terms if isinstance(other, Size) else self.json() == other
 
     def __hash__(self) -> int:
-        return hash(self.terms)
+        return hash(self.json())
 
     def __add__(self, other: Size) -> Size:
         return Size._collect([*self.terms, *other.terms])
@@ -80,6 +81,8 @@ class Size:
             for symbol in monomial:
                 value = constants.get(symbol)
                 known = isinstance(value, int) and not isinstance(value, bool)
+                if known and value < 0:  # type: ignore[operator]
+                    raise BadInput(f"a size cannot be negative: {symbol} = {value}")
                 factor = Size._collect([((), value)]) if known else Size((((symbol,), 1),))  # type: ignore[list-item]
                 product = product * factor
             total = total + product
@@ -92,10 +95,10 @@ class Size:
     def at_most(self, other: Size) -> bool | None:
         """Whether self <= other for all values of the symbols; None if that depends on them."""
         difference = (other - self).terms
-        if all(c >= 0 for _, c in difference):
+        least = sum(c for _, c in difference)  # every symbol at its least value, one
+        if all(c >= 0 for m, c in difference if m) and least >= 0:
             return True
-        constant = sum(c for _, c in difference)  # every symbol at its least value, one
-        if all(c <= 0 for _, c in difference) and constant < 0:
+        if all(c <= 0 for m, c in difference if m) and least < 0:
             return False
         return True if self._divides(other) else None
 
@@ -138,7 +141,7 @@ def _parse_terms(text: str) -> list[tuple[tuple[str, ...], int]]:
     for sign, product in matches:
         coefficient, symbols = (-1 if sign == "-" else 1), []
         for factor in (part.strip() for part in product.split("*")):
-            if factor.isdigit():
+            if factor.isdecimal():
                 coefficient *= int(factor)
             elif _SYMBOL.match(factor):
                 symbols.append(factor)
@@ -159,7 +162,7 @@ class Capacity:
         return self.sizes == other.sizes if isinstance(other, Capacity) else self.json() == other
 
     def __hash__(self) -> int:
-        return hash(self.sizes)
+        return hash(self.json())
 
     @staticmethod
     def of(*values: Size | int) -> Capacity:

@@ -123,7 +123,8 @@ class _Pull:
                 self.diagonal = self.diagonal * (other + node.op.offset if position == 0 else other)
             case Action.THROUGH:
                 weight = self.run.stored(node.args[1])
-                self.matrix = weight if self.matrix is None else self._folded() @ weight
+                plain = self.matrix is None and isinstance(self.diagonal, float) and self.diagonal == 1.0
+                self.matrix = weight if plain else self._folded() @ weight
                 self.diagonal = 1.0
             case Action.PLACE:
                 self._place(node)
@@ -162,7 +163,7 @@ class _Pull:
         fed = np.stack([self.run.contextual[norm.args[0]], self.value(norm.args[0])])
         size = STEADY * np.sqrt(np.mean(fed**2, axis=2, keepdims=True)).max(axis=0)
         if np.any(size == 0):
-            raise self._violated(norm.args[0], "the norm's input is exactly zero", np.zeros(1, int), 0.0)
+            raise self._violated(norm.args[0], "the norm's input is exactly zero", np.zeros(0, int), 0.0)
         turned = np.stack([closest_unit_rms(m, g) for m, g in zip(factor, wanted, strict=True)])
         self.residual = size * turned - self.value(norm.args[0])
 
@@ -240,8 +241,8 @@ def _common(step: Step, node: Node, delta: Rows) -> np.ndarray:
     """The one shift that serves all tokens, if they ask for the same one."""
     first = delta[0]
     differ = np.abs(delta - first).max(axis=0)
-    if differ.max() > 1e-9 * max(1.0, np.abs(first).max()):
-        raise _violation(
-            step, node.name, "the tokens ask for different values", np.flatnonzero(differ), float(differ.max())
-        )
+    allowed = 1e-9 * np.abs(delta).max()
+    if differ.max() > allowed:
+        where = np.flatnonzero(differ > allowed)
+        raise _violation(step, node.name, "the tokens ask for different values", where, float(differ.max()))
     return np.asarray(first)

@@ -65,7 +65,7 @@ def parse_document(text: str, source: str) -> tuple[Any, Place]:
     """Parses YAML (of which JSON is a part); see `read_document`."""
     if text.lstrip().startswith("{"):
         try:
-            found = json.loads(text)
+            found = json.loads(text, object_pairs_hook=_once)
             return found, Place(source, (), found)
         except json.JSONDecodeError as error:
             if source.endswith(".json"):
@@ -89,6 +89,15 @@ def parse_document(text: str, source: str) -> tuple[Any, Place]:
     return found, Place(source, (), found)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, every key of which is given once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise BadInput(f"the key {twice!r} is given twice")
+    return found
+
+
 # -- architectures -----------------------------------------------------------------------------------
 
 
@@ -103,8 +112,9 @@ def architecture_from(document: Any, place: Place) -> Architecture:
     width = top.get("width", "d_model")
     if ("blocks" in top) == ("block" in top):
         raise BadInput(f"{place}: give either `blocks` (named) or `block` (only one)")
+    key = "blocks" if "blocks" in top else "block"
     listed = top["blocks"] if "blocks" in top else {"block": top["block"]}
-    where = place.at("blocks" if "blocks" in top else "block", listed)
+    where = place.at(key, top[key])
     blocks = {
         str(kind): _block(value, width, where.at(str(kind), value) if "blocks" in top else where)
         for kind, value in _mapping(listed, where).items()
@@ -116,6 +126,14 @@ def architecture_from(document: Any, place: Place) -> Architecture:
     if top.get("final") is not None:
         parts["final"] = _block(top["final"], width, place.at("final", top["final"]))
     rest.setdefault("name", Path(place.source).stem)
+    for key, value in rest.items():
+        at = place.at(str(key), value)
+        if key == "constants":
+            _mapping(value, at)
+        elif key in ("name", "source", "note") and not isinstance(value, str):
+            raise BadInput(f"{at}: expected text, got {value!r:.60}")
+        elif key == "width" or (key == "context_length" and value is not None):
+            _size(value, at)
     _check_keys(Architecture, {**rest, **parts}, place)
     try:
         return Architecture(**{**_plain(rest), **parts})
@@ -144,7 +162,7 @@ def _block(document: Any, width: Any, place: Place) -> Block:
 def _component(document: Any, place: Place) -> Component:
     settings = dict(_mapping(document, place))
     kind = settings.pop("component", None)
-    if kind not in COMPONENTS:
+    if not isinstance(kind, str) or kind not in COMPONENTS:
         known = ", ".join(COMPONENTS)
         raise BadInput(f"{place}: unknown component {kind!r}; allowed are {known}")
     cls = COMPONENTS[kind]
@@ -266,6 +284,8 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
     }  # fmt: skip
     number = {"type": ["integer", "string"]}
+    for definition in definitions.values():
+        definition.setdefault("additionalProperties", False)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "blockkit architecture",
@@ -305,12 +325,24 @@ def graph_from(document: Any, place: Place) -> Graph:
         shape = settings["shape"]
         if not isinstance(shape, list):
             raise BadInput(f"{at.at(str(name), value)}: shape must be a list, as [6] or [10, 6]")
-        flags = {k: bool(settings.get(k, False)) for k in ("tied", "frozen")}
-        parameters.append(Parameter(str(name), tuple(Size.of(s) for s in shape), **flags))
+        flags = {k: settings.get(k, False) for k in ("tied", "frozen")}
+        for key, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise BadInput(f"{at.at(str(name), value)}: {key} must be true or false, got {flag!r}")
+        sizes = tuple(_size(s, at.at(str(name), value)) for s in shape)
+        parameters.append(Parameter(str(name), sizes, **flags))
     at = place.at("nodes", top["nodes"])
     nodes = [_raw_node(str(n), v, at.at(str(n), v)) for n, v in _mapping(top["nodes"], at).items()]
     try:
-        return Graph.build(str(top["input"]), str(top["output"]), Size.of(top["width"]), parameters, nodes)
+        width = _size(top["width"], place.at("width", None))
+        return Graph.build(str(top["input"]), str(top["output"]), width, parameters, nodes)
+    except BadInput as error:
+        raise BadInput(f"{place}: {error}") from None
+
+
+def _size(value: Any, place: Place) -> Size:
+    try:
+        return Size.of(value)
     except BadInput as error:
         raise BadInput(f"{place}: {error}") from None
 
@@ -324,7 +356,7 @@ OPS: Mapping[str, type[Op]] = {
 def _raw_node(name: str, document: Any, place: Place) -> Node:
     settings = dict(_plain(_mapping(document, place)))
     kind, args = settings.pop("op", None), settings.pop("args", [])
-    if kind not in OPS:
+    if not isinstance(kind, str) or kind not in OPS:
         raise BadInput(f"{place}: unknown op {kind!r}; allowed are {', '.join(OPS)}")
     if not isinstance(args, list) or not all(isinstance(a, str) for a in args):
         raise BadInput(f"{place}: args must be a list of names")
@@ -336,7 +368,9 @@ def _raw_node(name: str, document: Any, place: Place) -> Node:
                 f"{place}: unknown key {key!r} for {kind}; allowed are op, args{''.join(', ' + a for a in allowed)}"
             )
         if key in ("start", "stop", "width"):
-            settings[key] = Size.of(value)
+            settings[key] = _size(value, place)
+        elif key == "fn" and not isinstance(value, str):
+            raise BadInput(f"{place}: fn must be a name, got {value!r}")
         elif key != "fn" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise BadInput(f"{place}: {key} must be a number, got {value!r}")
     try:

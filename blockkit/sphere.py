@@ -8,9 +8,9 @@ rest. Of all pairs with m' * n = g, the one with the least |m' - m| is stationar
 a scalar secular equation in lam with one monotone inner equation a coordinate. Dividing the target by
 the scale as it is would blow up wherever m is tiny; here a tiny m simply grows to lam^(1/4) |g|^(1/2).
 
-*Hard case*: where |g / m| is too short, no small change of the scale makes n long enough along this
-branch. Then the norm that is missing goes into the coordinate with the least |m|, where a longer n
-costs the least change of the scale.
+*Hard case*: where |g / m| is too short, no change of the scale along this branch makes n long enough.
+Then the norm that is missing goes into the coordinate with the least |m|, which costs a change of at
+most that |m| (near the least, not always the very least).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def routes_of(planner: Planner) -> list[Route]:
     """The routes by one goal, the paper's construction, or, where no single goal does, the joined route."""
     routes = planner.single_routes()
     paper = planner.paper_route() if routes else planner.joined_route()
-    if paper is not None and paper not in routes:
+    if paper is not None and all(paper.steps != r.steps for r in routes):
         routes.append(paper)
     return routes
 

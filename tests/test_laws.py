@@ -210,8 +210,7 @@ def test_each_token_may_have_a_change_of_its_own(leaf: str, links: list[str], se
         assert trial.relative_linf(values_of(alone, parameters)[graph.output], target[t : t + 1]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(("offset", "norm_first"), [(0.0, True), (0.0, False), (1.0, True)])
 @pytest.mark.parametrize("seed", range(5))
 def test_direction_and_scale_together_give_the_target(offset: float, norm_first: bool, seed: int) -> None:
     drawn, route = normed_block(offset, norm_first, seed)
