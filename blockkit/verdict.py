@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .graph import Graph
 from .laws import Kind
 from .planner import Obstruction, Planner, Route
+from .refutation import Refutation
 from .sizes import Capacity
 
 
@@ -58,7 +59,7 @@ def judge(graph: Graph, tokens: int | None = None) -> Verdict:
     capacity = best.capacity if best else Capacity.of(0)
     if sure:
         return Verdict(True, capacity, routes, ())
-    patchable = False if planner.refuted(tokens) else None
+    patchable = False if Refutation(graph).holds(tokens) else None
     return Verdict(patchable, capacity, routes, _reasons(planner, found, tokens))
 
 
