@@ -17,12 +17,11 @@ import numpy as np
 from .arrays import Array
 from .errors import BadInput, ExactnessLost
 from .executor import Executor, Overlays
-from .lockstep import BlockStepper
+from .lockstep import BlockStepper, Stepped
 from .metrics import Comparison, compare
-from .overlay import Overlay
 from .plan import Plan, make_plan
 from .request import Request
-from .run import logits_of, remembered, run_stream
+from .run import Edits, logits_of, remembered, run_stream
 
 Progress = Callable[[str, float], None]
 
@@ -64,16 +63,19 @@ def absorb(
     report = progress or (lambda stage, fraction: None)
     clock = time.perf_counter()
     plans = plan_layers(executor, request, strategy)
-    overlays, stream, residuals = lock_step(executor, plans, request, report)
+    steps, stream = lock_step(executor, plans, request, report)
+    overlays = {layer: step.overlay for layer, step in enumerate(steps)}
     solved = time.perf_counter()
     report("running the edited model", 0.0)
-    edited = run_query(executor, request, overlays)[request.served[0] :]
-    together = logits_of(executor, executor.arrays.concatenate([stream, edited], axis=0))
+    edits = {layer: step.edited for layer, step in enumerate(steps)}
+    own = run_query(executor, request, overlays, edits)[request.served[0] :]
+    together = logits_of(executor, executor.arrays.concatenate([stream, own], axis=0))
     contextual, patched = np.split(together, 2)
     done = time.perf_counter()
     measured = compare(patched, contextual)
     _insist(executor, measured, contextual)
     seconds = {"absorb": solved - clock, "edited_run": done - solved}
+    residuals = tuple(step.residual for step in steps)
     return Absorbed(request, plans, overlays, contextual, patched, measured, residuals, seconds)
 
 
@@ -93,15 +95,14 @@ def default_strategy(tokens: str) -> str:
 
 def lock_step(
     executor: Executor, plans: Mapping[str, Plan], request: Request, report: Progress
-) -> tuple[Overlays, Array, tuple[float, ...]]:
-    """Both runs through all blocks; gives the changes, the contextual stream at the served rows, residuals."""
+) -> tuple[list[Stepped], Array]:
+    """Both runs through all blocks; gives what each block gave, and the contextual stream at the served rows."""
     n, q, depth = len(request.context), len(request.query), executor.depth
     everything = np.concatenate([request.context, request.query, request.query])
     stream = executor.embed(everything, np.concatenate([np.arange(n + q), request.positions]))
     contextual, reduced = stream[: n + q], stream[n + q :]
     steppers = {kind: BlockStepper(executor, plan, request, n) for kind, plan in plans.items()}
-    overlays: dict[int, Overlay] = {}
-    residuals = []
+    steps: list[Stepped] = []
     for layer in range(depth):
         report("absorbing", layer / depth)
         kind, past = executor.architecture.kind_at(layer), None
@@ -109,15 +110,17 @@ def lock_step(
         if layer == depth - 1:  # after it, the context's own rows are of no use to anyone
             past = remembered(executor, layer, contextual[:n], executor.positions(np.arange(n)))[0]
             contextual, stepper = contextual[n:], BlockStepper(executor, plans[kind], request, 0)
-        overlays[layer], contextual, reduced, residual = stepper.absorb(layer, contextual, reduced, past)
-        residuals.append(residual)
-    return overlays, contextual[request.served[0] :], tuple(residuals)
+        steps.append(stepper.absorb(layer, contextual, reduced, past))
+        contextual, reduced = steps[-1].contextual, steps[-1].reduced
+    return steps, contextual[request.served[0] :]
 
 
-def run_query(executor: Executor, request: Request, overlays: Overlays | None, merge: bool | None = None) -> Array:
-    """The edited model on the query alone, at its positions: an ordinary run."""
-    apply_merged = request.merge if merge is None else merge
-    return run_stream(executor, request.query, request.positions, overlays, apply_merged)
+def run_query(
+    executor: Executor, request: Request, overlays: Overlays | None, edited: Edits | None = None, factored: bool = False
+) -> Array:
+    """The edited model on the query alone, at its positions: an ordinary run, with merged weights if it has any."""
+    merge = request.merge and not factored
+    return run_stream(executor, request.query, request.positions, overlays, merge, edited=edited)
 
 
 LOOSEST = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}

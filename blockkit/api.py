@@ -37,6 +37,19 @@ def load(spec: Spec) -> Architecture | Graph:
     if isinstance(spec, Block):
         return Architecture("block", spec.width, {"block": spec})
     text = str(spec)
+    if not text.strip():
+        raise BadInput("the spec is empty; give a catalogue name, a YAML or JSON file, or hf:PATH")
+    if text in catalog.names():  # whatever the current folder holds
+        return catalog.load(text)
+    try:
+        return _from_path(text)
+    except OSError as error:
+        raise BadInput(f"cannot read {text}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{text} is not text (UTF-8)") from None
+
+
+def _from_path(text: str) -> Architecture | Graph:
     if text.startswith("hf:"):
         from .checkpoint import architecture_from_config
 
@@ -49,6 +62,8 @@ def load(spec: Spec) -> Architecture | Graph:
         return architecture_from(document, place)
     if path.is_dir():
         raise BadInput(f"{path} is a folder; for a Hugging Face checkpoint write hf:{path}")
+    if len(path.parts) > 1:
+        raise BadInput(f"no such file: {path}")
     return catalog.load(text)
 
 
@@ -100,8 +115,12 @@ def _distinct(spec: Spec, only: Iterable[str], freeze: Iterable[str]) -> dict[tu
     loaded = load(spec)
     if isinstance(loaded, Graph):
         return {("graph",): loaded.restricted(only, freeze)}
+    try:
+        graphs = loaded.graphs
+    except BadInput as error:
+        raise (BadInput(f"{spec}: {error}") if isinstance(spec, str | Path) else error) from None
     found: dict[Any, tuple[list[str], Graph]] = {}
-    for kind, graph in loaded.graphs.items():
+    for kind, graph in graphs.items():
         found.setdefault(_planning_key(graph), ([], graph))[0].append(kind)
     return {tuple(kinds): graph.restricted(only, freeze) for kinds, graph in found.values()}
 

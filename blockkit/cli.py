@@ -1,28 +1,61 @@
 """The command line: `blockkit list | check | plan | absorb | apply | demo | schema`.
 
 Results go to stdout, progress and messages to stderr. Exit status: 0 done or yes, 1 a well-formed no,
-2 bad input.
+2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
+from typer.core import TyperGroup
 
 from . import __version__, api
 from .errors import BadInput, BlockkitError
 from .plan import STRATEGIES
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from .session import Session
+
+DTYPES = ("float32", "float64", "bfloat16")
+
+
+class Interrupted(BlockkitError):
+    """Ctrl-C, by which time every temporary file is gone."""
+
+    exit_status = 130
+
+
+class Commands(TyperGroup):
+    """The commands. What the framework would end in a way of its own ends here as one of our errors."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; nothing was left half-written") from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise BadInput(str(error)) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 SpecArg = Annotated[str, typer.Argument(metavar="SPEC", help="Catalogue name, YAML or JSON file, or hf:PATH.")]
@@ -37,21 +70,21 @@ TextOption = Annotated[str, typer.Option(help="The text, or @FILE.")]
 
 def main() -> None:
     """Runs a command; every foreseen failure ends in one message and its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
     try:
         app()
     except BlockkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left half-written", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def show(result: Any, text: str, as_json: bool) -> None:
-    print(json.dumps(result) if as_json else text)
+    """Prints the result; a reader that has seen enough, as `head` has, is no error."""
+    try:
+        print(json.dumps(result) if as_json else text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)
@@ -92,7 +125,7 @@ def check(
 @app.command()
 def plan(
     spec: SpecArg,
-    strategy: StrategyName = "stable",
+    strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "stable",
     only: Only = None,
     freeze: Freeze = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that one static patch must serve.")] = None,
@@ -101,14 +134,14 @@ def plan(
     """The patch as numbered assignments, each with its law and where it comes from."""
     from .report import plan_json
 
-    found = api.plan(spec, strategy or "stable", only or (), freeze or (), tokens)
+    found = api.plan(spec, strategy, only or (), freeze or (), tokens)
     show(plan_json(found), str(found), as_json)
 
 
 @app.command()
 def schema() -> None:
     """The JSON Schema of architecture files."""
-    print(json.dumps(api.schema(), indent=2))
+    show(None, json.dumps(api.schema(), indent=2), False)
 
 
 @app.command()
@@ -124,12 +157,21 @@ def absorb(
     as_json: AsJson = False,
 ) -> None:
     """Absorb a context into the weights of a real model, and prove it by a run of the edited model."""
-    from .report import absorbed_text
+    from .report import absorbed_json, absorbed_text
+    from .request import MODES
 
+    _require_known("--tokens", tokens, MODES)
+    if strategy is not None:
+        _require_known("--strategy", strategy, STRATEGIES)
+    texts = _text("--context", context), _text("--query", query)
     if out is not None:
         _require_writable(out)
-    session = Session(model, backend, dtype)
-    result, _ = session.absorb(_text(context), _text(query), tokens, strategy, out)
+    session = _open_session(model, backend, dtype)
+    with progress() as report:
+        found = session.absorb(*texts, tokens, strategy, report)
+        if out is not None:
+            found.patch.save(out)
+    result = absorbed_json(found, session.backend, dtype)
     text = absorbed_text(result) + (f"\npatch written to {out}" if out else "")
     show(result, text, as_json)
     raise typer.Exit(0 if _faithful(result) else 1)
@@ -144,10 +186,12 @@ def apply_(
 ) -> None:
     """Write an ordinary Hugging Face checkpoint with the patch merged."""
     from .patch import Patch
+    from .session import open_checkpoint
 
     loaded = Patch.load(patch)
+    loaded.require_mergeable()
     with progress() as report:
-        opened = _open(model, report)
+        opened = open_checkpoint(model, report)
         report("writing the checkpoint", 0.0)
         loaded.merge_into(opened, out)
     first = loaded.context_length
@@ -169,51 +213,24 @@ def demo(backend: BackendName = None, as_json: AsJson = False) -> None:
     """The main job on the real Gemma 3 270M, from its package, and a page of results."""
     from .demo import run_demo
 
-    result, text = run_demo(Session("gemma3-270m", backend, "float32"))
+    session = _open_session("gemma3-270m", backend, "float32")
+    with progress() as report:
+        result, text = run_demo(session, report)
     show(result, text, as_json)
     raise typer.Exit(0 if _faithful(result) else 1)
 
 
-class Session:
-    """A model on a backend, with its tokenizer, for one command."""
+def _open_session(model: str, backend: str | None, dtype: str) -> Session:
+    """The model on its backend, after everything has been checked that can be checked without it."""
+    from .opening import backends, default_backend
+    from .session import Session
 
-    def __init__(self, model: str, backend: str | None, dtype: str) -> None:
-        from .opening import default_backend, open_executor
-        from .weights.tokenizer import load_tokenizer
-
-        self.backend, self.dtype = backend or default_backend(), dtype
-        _choose_keras_backend(self.backend, dtype)
-        with progress() as report:
-            start = time.perf_counter()
-            self.model = _open(model, report)
-            self.tokenizer = load_tokenizer(self.model.folder.path)
-            report(f"loading the weights ({self.backend}, {dtype})", 0.0)
-            self.executor = open_executor(self.model, self.backend, dtype)
-            self.seconds = {"load": time.perf_counter() - start}
-
-    def absorb(
-        self, context: str, query: str, tokens: str, strategy: str | None, out: Path | None = None
-    ) -> tuple[dict[str, Any], Any]:
-        """Algorithm 1, measured; gives the JSON result and the pair (absorbed, reference)."""
-        from . import algorithm
-        from .measure import measure
-        from .patch import Patch
-        from .report import absorbed_json
-        from .request import Request
-
-        ids = self.tokenizer.encode(context, special=True), self.tokenizer.encode(query, special=False)
-        if not context.strip():
-            raise BadInput("--context is empty: there is nothing to absorb")
-        request = Request(np.array(ids[0], int), np.array(ids[1], int), tokens)
-        with progress() as report:
-            absorbed = algorithm.absorb(self.executor, request, strategy, report)
-            start = time.perf_counter()
-            report("measuring the unpatched model and the recompute floor", 0.0)
-            reference = measure(self.executor, absorbed)
-            spent = {**self.seconds, **absorbed.seconds, "measure": time.perf_counter() - start}
-            if out is not None:
-                Patch.of(absorbed, self.model, self.dtype).save(out)
-        return absorbed_json(absorbed, reference, self.backend, self.dtype, spent), (absorbed, reference)
+    chosen = default_backend() if backend is None else backend
+    _require_known("--backend", chosen, backends())
+    _require_known("--dtype", dtype, DTYPES)
+    _choose_keras_backend(chosen, dtype)
+    with progress() as report:
+        return Session(model, chosen, dtype, report)
 
 
 def _faithful(result: dict[str, Any]) -> bool:
@@ -231,32 +248,47 @@ def _choose_keras_backend(backend: str, dtype: str) -> None:
             os.environ["JAX_ENABLE_X64"] = "1"
 
 
-def _open(model: str, report: Any) -> Any:
-    from .checkpoint import open_model
-    from .weights.cache import resolve_model
+def _text(option: str, value: str) -> str:
+    """The text itself, or the content of @FILE.
 
-    return open_model(resolve_model(model, report))
+    Raises:
+        BadInput: it is empty, not text, or the file cannot be read.
+    """
+    found, where = value, option
+    if value.startswith("@"):
+        where = f"{option} {value}"
+        try:
+            found = Path(value[1:]).expanduser().read_text(encoding="utf-8")
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"{where}: cannot read the file: {getattr(error, 'strerror', None) or error}") from None
+        except ValueError:
+            raise BadInput(f"{where}: the file is not text (UTF-8)") from None
+    if any("\ud800" <= c <= "\udfff" for c in found):
+        raise BadInput(f"{where} is not text (UTF-8)")
+    if option == "--context" and not found.strip():
+        raise BadInput(f"{where} is empty: there is nothing to absorb")
+    if not found:
+        raise BadInput(f"{where} is empty: the patch is made for its tokens")
+    return found
 
 
-def _text(value: str) -> str:
-    """The text itself, or the content of @FILE."""
-    if not value.startswith("@"):
-        return value
-    path = Path(value[1:])
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is not text (UTF-8)") from None
+def _require_known(option: str, value: str, allowed: Iterable[str]) -> None:
+    """Finds out before the model is loaded."""
+    if value not in allowed:
+        raise BadInput(f"{option} {value!r} is not known; allowed are {', '.join(allowed)}")
 
 
 def _require_writable(out: Path) -> None:
     """Finds out before the work, not after it."""
     if out.is_dir():
         raise BadInput(f"--out {out} is a folder; give a file")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise BadInput(f"--out {out}: the folder {out.parent} does not exist or cannot be written")
+    if out.exists() and not out.is_file():
+        raise BadInput(f"--out {out} is not an ordinary file")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot write into the folder {out.parent}: {error.strerror or error}") from None
 
 
 @contextmanager

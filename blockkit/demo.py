@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import api
-from .report import absorbed_text, next_tokens_text, verdict_json
-
-if TYPE_CHECKING:
-    from .cli import Session
+from .report import absorbed_json, absorbed_text, next_tokens_text, verdict_json
+from .session import Progress, Session
 
 CONTEXT = (
     "Field notes, 14 March. The lighthouse on Skarv island is kept by Ingrid Solberg, who has a grey parrot "
     "called Magnus. Every evening at six she climbs the tower, lights the lamp, and reads the weather report aloud "
     "to the parrot."
 )
-QUERY = " The name of the parrot is"
+QUERY = " The lighthouse stands on the island of"
 
 NEXT = """what to try next
   blockkit check gemma3-270m --only 'mlp.down_proj'      why one parameter alone is not enough
@@ -24,7 +22,7 @@ NEXT = """what to try next
   blockkit apply --model gemma3-270m --patch patch.safetensors --out edited/"""
 
 
-def run_demo(session: Session) -> tuple[dict[str, Any], str]:
+def run_demo(session: Session, progress: Progress) -> tuple[dict[str, Any], str]:
     """Judges the model's blocks, plans, absorbs a context, and shows what the edited model says.
 
     Returns:
@@ -32,11 +30,12 @@ def run_demo(session: Session) -> tuple[dict[str, Any], str]:
     """
     architecture = session.model.architecture
     verdict = api.check(architecture)
-    result, (absorbed, reference) = session.absorb(CONTEXT, QUERY, "last", None)
+    found = session.absorb(CONTEXT, QUERY, progress=progress)
+    absorbed, result = found.absorbed, absorbed_json(found, session.backend, session.dtype)
     plan = next(iter(absorbed.plans.values()))
     rows = {
         "with the context": absorbed.contextual[-1],
-        "without it": reference.without[-1],
+        "without it": found.reference.without[-1],
         "without it, patched": absorbed.patched[-1],
     }
     parts = [

@@ -35,14 +35,13 @@ def evaluate(
     wants: Iterable[str],
     layout: Layout,
     overlay: Overlay | None = None,
-    merge: bool = False,
     mixer: Mixer | None = None,
 ) -> dict[str, Array]:
     """The values `[tokens, width]` of the nodes in `wants`.
 
     Args:
         known: values that are given: the input's, and of any node that need not be computed again.
-        overlay: changed parameters; `merge` says whether they are rounded into the weight first.
+        overlay: changes that are kept beside their parameters, as factors.
         mixer: computes mixing nodes in place of their own forward.
     """
     wants = tuple(wants)
@@ -56,7 +55,7 @@ def evaluate(
             values[node.name] = mixer(node, args, layout)
         elif changed and overlay:
             change = overlay[node.args[changed[0]]]
-            values[node.name] = changed_forward(xp, node, args, layout, changed[0], change, merge)
+            values[node.name] = changed_forward(xp, node, args, layout, changed[0], change)
         else:
             values[node.name] = node.op.forward(xp, args, layout)
         for a in set(node.args) & values.keys():  # let go of what nobody reads any more

@@ -20,7 +20,7 @@ from .errors import BadInput
 from .evaluate import evaluate
 from .graph import Graph, Node
 from .layout import Layout, Past
-from .overlay import Change, MatrixChange, Overlay, change_of
+from .overlay import Change, MatrixChange, Overlay, change_of, merged
 
 Overlays = Mapping[int, Overlay]  # by layer
 
@@ -100,28 +100,30 @@ class Executor:
         wants: Iterable[str | Rows],
         layout: Layout,
         overlay: Overlay | None = None,
-        merge: bool = False,
+        edited: Mapping[str, Array] | None = None,
     ) -> dict[Any, Array]:
         """Values of a block's nodes, by what was asked for; see `blockkit.evaluate.evaluate`.
 
+        `edited` parameters take the place of the model's own; an `overlay` is kept beside them as factors.
         Compiled once per kind of block and request.
         """
         kind, wants = self.architecture.kind_at(layer), tuple(wants)
         changes = overlay or {}
         flags = tuple((n, type(c).__name__, c.per_token) for n, c in sorted(changes.items()))
-        key = (kind, wants, tuple(sorted(known)), layout.segments, flags, merge, tuple(sorted(layout.past)))
+        key = (kind, wants, tuple(sorted(known)), layout.segments, flags, tuple(sorted(layout.past)))
         if key not in self._compiled:
-            self._compiled[key] = self.arrays.jit(self._program(kind, wants, layout.segments, flags, merge))
+            self._compiled[key] = self.arrays.jit(self._program(kind, wants, layout.segments, flags))
         if layer not in self._slots:
             names = {p.name: stored_name(self.architecture, layer, p.name) for p in self.graph(layer).parameters}
             self._slots[layer] = {name: self.parameters[slot] for name, slot in names.items()}
         past = {n: (p.args, p.positions) for n, p in layout.past.items()}
         factors = {n: self._factors(c) for n, c in changes.items()}
-        found = self._compiled[key](self._slots[layer], dict(known), layout.positions, factors, past)
+        stored = {**self._slots[layer], **edited} if edited else self._slots[layer]
+        found = self._compiled[key](stored, dict(known), layout.positions, factors, past)
         return dict(zip(wants, found, strict=True))
 
     def _program(
-        self, kind: str, wants: tuple[str | Rows, ...], segments: tuple[int, ...], flags: tuple[Any, ...], merge: bool
+        self, kind: str, wants: tuple[str | Rows, ...], segments: tuple[int, ...], flags: tuple[Any, ...]
     ) -> Any:
         graph, xp = self.architecture.graphs[kind], self.arrays
         names = tuple(dict.fromkeys(w if isinstance(w, str) else w.name for w in wants))
@@ -137,10 +139,23 @@ class Executor:
                 return node.op.forward(xp, args, at)
 
             joined = {n: v if not isinstance(v, tuple) else xp.concatenate(v, axis=0) for n, v in known.items()}
-            found = evaluate(graph, xp, stored, joined, names, layout, overlay, merge, mixer)
+            found = evaluate(graph, xp, stored, joined, names, layout, overlay, mixer)
             return [found[w] if isinstance(w, str) else found[w.name][w.start : w.stop] for w in wants]
 
         return program
+
+    def merged(self, layer: int, overlay: Overlay) -> dict[str, Array]:
+        """The changed parameters of a layer, rounded to the model's dtype, as an edited checkpoint holds them."""
+        found = {}
+        for name, change in overlay.items():
+            if (key := ("merged", type(change).__name__)) not in self._compiled:
+                self._compiled[key] = self.arrays.jit(self._merging)
+            weight = self.parameters[stored_name(self.architecture, layer, name)]
+            found[name] = self._compiled[key](weight, self._factors(change))
+        return found
+
+    def _merging(self, weight: Array, factors: tuple[Array, ...]) -> Array:
+        return merged(self.arrays, weight, change_of(factors, False))
 
     def _factors(self, change: Change) -> tuple[Array, ...]:
         parts = (change.left, change.right) if isinstance(change, MatrixChange) else (change.delta,)

@@ -25,6 +25,24 @@ EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16"
 Host = Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """What a block gave.
+
+    Attributes:
+        overlay: the changes, by parameter.
+        edited: the changed parameters, merged; empty where the changes stay beside them.
+        contextual, reduced: the two runs' residual streams after the block.
+        residual: max |y_R - y_C| / max |y_C| over the served tokens.
+    """
+
+    overlay: Mapping[str, Change]
+    edited: Mapping[str, Array]
+    contextual: Array
+    reduced: Array
+    residual: float
+
+
 @dataclass
 class BlockStepper:
     """Patches blocks of one kind. What depends on the plan alone is worked out once, when it is built."""
@@ -54,9 +72,7 @@ class BlockStepper:
         self.packed = Layout(everywhere, (n + q, q))
         self.alone = Layout(positions, (q,))
 
-    def absorb(
-        self, layer: int, contextual: Array, reduced: Array, past: Mapping[str, Past] | None = None
-    ) -> tuple[dict[str, Change], Array, Array, float]:
+    def absorb(self, layer: int, contextual: Array, reduced: Array, past: Mapping[str, Past] | None = None) -> Stepped:
         """Solves the plan's steps and runs the patched block.
 
         Args:
@@ -64,11 +80,10 @@ class BlockStepper:
             reduced: its residual stream, `[query, d_model]`.
             past: what mixing nodes of the contextual run remember of context rows that are not among its rows.
 
-        Returns:
-            The changes, the two runs' streams after the block, and the residual at the served tokens. The
-            reduced one is an ordinary run of the edited block, the same program on the same values that
-            the proof at the end will run.
+        The reduced stream that it gives is an ordinary run of the edited block: the same program on the same
+        values that the proof at the end will run.
         """
+        self.merging: dict[str, tuple[Change, Array]] = {}
         graph, steps = self.graph, self.plan.route.steps
         found = self.executor.block(
             layer, {graph.input: (contextual, reduced)}, self.wants, replace(self.packed, past=past or {})
@@ -83,7 +98,8 @@ class BlockStepper:
         after, missed = self._ordinary(layer, reduced, overlay, target)
         if steps and layer == self.executor.depth - 1 and steps[-1].goal == graph.output:
             overlay, after, missed = self._refined(layer, reduced, target, actual, overlay, after, missed)
-        return overlay, found[self.onward], after, _relative(missed, target[graph.output])
+        residual = _relative(missed, target[graph.output])
+        return Stepped(overlay, self._held(layer, overlay)[1], found[self.onward], after, residual)
 
     def _actual(
         self, layer: int, step: Step, clean: Mapping[str, Array], overlay: Mapping[str, Change]
@@ -101,7 +117,8 @@ class BlockStepper:
         if (predicted := self._predicted(layer, todo, clean, used)) is not None:
             return found | {name: predicted[name] for name in missing}
         known = {name: value for name, value in kept.items() if name in read}
-        again = self.executor.block(layer, known, missing, self.alone, used, self.request.merge)
+        beside, edited = self._held(layer, used)
+        again = self.executor.block(layer, known, missing, self.alone, beside, edited)
         return found | {name: self._served(value) for name, value in again.items()}
 
     def _predicted(
@@ -172,10 +189,19 @@ class BlockStepper:
         self, layer: int, reduced: Array, overlay: Mapping[str, Change], target: Host
     ) -> tuple[Array, np.ndarray]:
         """The patched block's output on the reduced rows, and what the served rows miss, `[served, d_model]`."""
-        graph, merge = self.graph, self.request.merge
+        graph, (beside, edited) = self.graph, self._held(layer, overlay)
         known = {graph.input: reduced}
-        after = self.executor.block(layer, known, [graph.output], self.alone, overlay, merge)[graph.output]
+        after = self.executor.block(layer, known, [graph.output], self.alone, beside, edited)[graph.output]
         return after, target[graph.output] - self._served(after)
+
+    def _held(self, layer: int, overlay: Mapping[str, Change]) -> tuple[Mapping[str, Change], dict[str, Array]]:
+        """The changes as the edited model will hold them: beside the weights, or merged into them."""
+        if not self.request.merge:
+            return overlay, {}
+        for name, change in overlay.items():
+            if name not in self.merging or self.merging[name][0] is not change:
+                self.merging[name] = change, self.executor.merged(layer, {name: change})[name]
+        return {}, {name: self.merging[name][1] for name in overlay}
 
     def _stored(self, layer: int, overlay: Mapping[str, Change]) -> Callable[[str], np.ndarray]:
         def fetch(name: str) -> np.ndarray:

@@ -36,7 +36,7 @@ def measure(executor: Executor, absorbed: Absorbed) -> Reference:
     without = logits_of(executor, run_query(executor, request, None)[first:])
     factored = None
     if request.merge:
-        kept = run_query(executor, request, absorbed.overlays, merge=False)[first:]
+        kept = run_query(executor, request, absorbed.overlays, factored=True)[first:]
         factored = compare(logits_of(executor, kept), absorbed.contextual)
     floor = max((compare(*pair) for pair in recomputed(executor, request, absorbed.contextual)), key=lambda c: c.linf)
     return Reference(compare(without, absorbed.contextual), factored, floor, without)

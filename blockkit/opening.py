@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
 from .checkpoint import Model
@@ -40,8 +40,13 @@ def open_executor(model: Model, backend: str, dtype: str = "float32") -> Executo
     try:
         opener = found[backend].load()
     except ImportError as error:
-        raise MissingDependency(
-            f'the {backend} backend needs {error.name}, which is not installed: pip install "blockkit-patch[{backend}]"'
-        ) from None
+        needs = f"the {backend} backend cannot be imported ({error})"
+        if backend not in PREFERRED:
+            raise MissingDependency(f"{needs}; it comes from the package {_package(found[backend])}") from None
+        raise MissingDependency(f'{needs}. Install it with: pip install "blockkit-patch[{backend}]"') from None
     executor: Executor = opener(model, dtype)
     return executor
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.module

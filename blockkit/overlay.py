@@ -81,11 +81,9 @@ def merged(xp: Arrays, weight: Array, change: Change) -> Array:
 
 
 def changed_forward(
-    xp: Arrays, node: Node, args: Sequence[Any], layout: Layout, position: int, change: Change, merge: bool
+    xp: Arrays, node: Node, args: Sequence[Any], layout: Layout, position: int, change: Change
 ) -> Array:
-    """The node's value with the parameter at `position` changed; the other arguments are as given."""
-    if merge and not change.per_token:
-        return node.op.forward(xp, _replaced(args, position, merged(xp, args[position], change)), layout)
+    """The node's value with the change at `position` kept beside the parameter, as factors."""
     dtype = xp.dtype_of(args[1 - position])
     wide = wide_dtype(dtype)
     if isinstance(change, VectorChange):

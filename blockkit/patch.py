@@ -7,8 +7,7 @@ says which weights it was made for, for which tokens it is exact, and what error
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,19 @@ import numpy as np
 from .checkpoint import Model, stored_name
 from .errors import BadInput
 from .overlay import Change, MatrixChange, VectorChange, dense
+from .request import MODES
 from .weights.folder import write_folder
 
 FORMAT = "1"
+FACTS = {
+    "made_for": dict,
+    "strategy": str,
+    "tokens": str,
+    "context_length": int,
+    "query": list,
+    "dtype": str,
+    "measured": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -104,15 +113,16 @@ class Patch:
                 }
             ),
         }  # fmt: skip
+        partial = target.with_name(f".{uuid.uuid4().hex[:12]}.partial") if target.name else target
         try:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            if target.exists() and not target.is_file():
+                raise BadInput(f"cannot write {target}: it exists and is not an ordinary file")
             try:
-                with os.fdopen(handle, "wb") as file:
+                with partial.open("xb") as file:
                     file.write(save(_tensors(self.changes), header))
-                Path(name).replace(target)
-            except BaseException:
-                Path(name).unlink()
-                raise
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
         except OSError as error:
             raise BadInput(f"cannot write {target}: {error.strerror or error}") from None
 
@@ -126,21 +136,21 @@ class Patch:
         from safetensors import SafetensorError, safe_open
 
         source = Path(path)
-        if not source.is_file():
-            raise BadInput(f"no patch file at {source}")
         try:
+            if not source.is_file():
+                raise BadInput(f"no patch file at {source}")
             with safe_open(source, framework="np") as file:
                 header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+                ours = header.get("format") == f"blockkit-patch {FORMAT}"
+                tensors = {key: file.get_tensor(key) for key in file.keys()} if ours else {}  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError) as error:
             raise BadInput(f"{source} is not a readable safetensors file: {error}") from None
-        if header.get("format") != f"blockkit-patch {FORMAT}":
+        if not ours:
             found = header.get("format", "no format at all")
             raise BadInput(f"{source} is not a patch of format {FORMAT} (its header says {found})")
         try:
-            facts = json.loads(header["patch"])
-            facts["query"] = tuple(facts["query"])
-            return Patch(_changes(tensors), **facts, source=str(source))
+            facts = _facts(header["patch"])
+            return Patch(_changes(tensors, facts["tokens"] == "each"), **facts, source=str(source))
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{source}: its header or tensors are damaged ({error})") from None
 
@@ -153,9 +163,12 @@ class Patch:
         mine, its = self.made_for.get("architecture"), model.architecture.name
         if mine != its:
             raise BadInput(f"the patch was made for {mine}, this model is {its} ({model.folder.path})")
-        for slot in self.changes:
+        for slot, change in self.changes.items():
             if slot not in model.tensors:
                 raise BadInput(f"the patch changes {slot}, which this model ({model.folder.path}) does not have")
+            mine_shape, its_shape = _shape(change), model.parameter(slot).shape
+            if mine_shape != its_shape:
+                raise BadInput(f"the patch's change of {slot} has the shape {mine_shape}, this model's is {its_shape}")
         found = model.fingerprint(list(self.changes))
         if found["weights"] != self.made_for.get("weights"):
             raise BadInput(
@@ -163,14 +176,22 @@ class Patch:
                 "the hash of the weights that it changes differs"
             )
 
+    def require_mergeable(self) -> None:
+        """Refuses a patch that has no merged form.
+
+        Raises:
+            BadInput: it holds different values for every token.
+        """
+        if self.tokens == "each":
+            raise BadInput("a patch of --tokens each holds different values for every token; it cannot be merged")
+
     def merge_into(self, model: Model, out: Path) -> None:
         """Writes the model with the patch merged, as an ordinary Hugging Face checkpoint.
 
         Raises:
             BadInput: a wrong model, a patch that has no merged form, or a folder that cannot be written.
         """
-        if self.tokens == "each":
-            raise BadInput("a patch of --tokens each holds different values for every token; it cannot be merged")
+        self.require_mergeable()
         self.check(model)
         changed = dict(model.stored(slot, dense(model.parameter(slot), c)) for slot, c in self.changes.items())
         write_folder(model.folder, out, changed)
@@ -195,13 +216,45 @@ def _tensors(changes: Mapping[str, Change]) -> dict[str, np.ndarray]:
     return found
 
 
-def _changes(tensors: Mapping[str, np.ndarray]) -> dict[str, Change]:
+def _shape(change: Change) -> tuple[int, ...]:
+    """The shape of the parameter that a static change fits."""
+    if isinstance(change, MatrixChange):
+        return change.left.shape[-1], change.right.shape[-1]
+    return change.delta.shape
+
+
+def _facts(text: str) -> dict[str, Any]:
+    """What the header says of a patch.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
+    facts = json.loads(text)
+    for name, kind in FACTS.items():
+        if not isinstance(facts[name], kind):
+            raise ValueError(f"{name} is {facts[name]!r:.40}")
+    if facts["tokens"] not in MODES or facts["context_length"] < 1 or not facts["query"]:
+        raise ValueError("tokens, context_length or query is out of range")
+    return {**facts, "query": tuple(int(i) for i in facts["query"])}
+
+
+def _changes(tensors: Mapping[str, np.ndarray], each: bool) -> dict[str, Change]:
+    """The changes that the tensors of a file hold.
+
+    Raises:
+        KeyError, ValueError: a tensor is missing, or is none that a patch of this kind holds.
+    """
     found: dict[str, Change] = {}
     for key, value in tensors.items():
         stem, part = key.rsplit(".", 1)
         slot, per_token = stem.removesuffix(".each"), stem.endswith(".each")
+        if per_token != each or value.dtype != np.float32 or not np.isfinite(value).all():
+            raise ValueError(f"the tensor {key} does not hold what a patch of its kind does")
         if part == "left":
-            found[slot] = MatrixChange(value, tensors[f"{stem}.right"], per_token)
+            right = tensors[f"{stem}.right"]
+            if value.ndim != 2 or right.ndim != 2 or len(value) != len(right):
+                raise ValueError(f"the factors of {slot} do not fit each other")
+            found[slot] = MatrixChange(value, right, per_token)
         elif part == "delta":
             found[slot] = VectorChange(value, per_token)
         elif part != "right":

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from . import catalog
-from .algorithm import Absorbed
-from .measure import Reference
 from .metrics import probabilities
 from .plan import Plan
+from .session import Result
 from .verdict import Verdict
 from .weights.tokenizer import Tokenizer
 
@@ -63,9 +62,9 @@ def catalogue_json() -> list[dict[str, str]]:
     return found
 
 
-def absorbed_json(
-    absorbed: Absorbed, reference: Reference, backend: str, dtype: str, seconds: Mapping[str, float]
-) -> dict[str, Any]:
+def absorbed_json(result: Result, backend: str, dtype: str) -> dict[str, Any]:
+    """The JSON object of `absorb`."""
+    absorbed, reference, seconds = result.absorbed, result.reference, result.seconds
     measured, request = absorbed.measured, absorbed.request
     return {
         "tokens": len(request.served),

@@ -12,6 +12,7 @@ from .graph import Graph
 from .layout import Layout, Past
 
 Cache = Mapping[int, Mapping[str, Past]]
+Edits = Mapping[int, Mapping[str, Array]]  # merged parameters by layer
 
 
 def run_stream(
@@ -21,19 +22,23 @@ def run_stream(
     overlays: Overlays | None = None,
     merge: bool = True,
     cache: Cache | None = None,
+    edited: Edits | None = None,
 ) -> Array:
     """The residual stream `[tokens, d_model]` after the last block, for `ids [tokens]` at `positions`.
 
-    `overlays` are changed parameters by layer; every token runs through them. With `cache`, the
-    tokens also see the earlier ones that it remembers.
+    `overlays` are changed parameters by layer, merged into the weights or (`merge=False`) kept beside them
+    as factors; `edited` are weights that are merged already. Every token runs through them. With `cache`,
+    the tokens also see the earlier ones that it remembers.
     """
     stream = executor.embed(ids, positions)
     at = executor.positions(positions)
     for layer in range(executor.depth):
         graph = executor.graph(layer)
         layout = Layout(at, (len(ids),), cache[layer] if cache else {})
-        overlay = (overlays or {}).get(layer)
-        stream = executor.block(layer, {graph.input: stream}, [graph.output], layout, overlay, merge)[graph.output]
+        overlay = (overlays or {}).get(layer, {})
+        weights = (edited or {}).get(layer) or (executor.merged(layer, overlay) if merge else {})
+        kept = {} if merge else overlay
+        stream = executor.block(layer, {graph.input: stream}, [graph.output], layout, kept, weights)[graph.output]
     return stream
 
 

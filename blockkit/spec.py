@@ -94,7 +94,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise BadInput(f"the key {twice!r} is given twice")
+        raise BadInput(f"malformed JSON: the key {twice!r} is given twice in one object")
     return found
 
 

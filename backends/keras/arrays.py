@@ -44,7 +44,7 @@ class KerasArrays:
         return ops.einsum("ti,oi->to", z, weight)
 
     def matmul(self, a: Array, b: Array) -> Array:
-        return ops.matmul(a, b)
+        return a @ b  # ops.matmul narrows float64 on PyTorch
 
     def transpose(self, value: Array, axes: Sequence[int]) -> Array:
         return ops.transpose(value, axes)
@@ -83,13 +83,14 @@ class KerasArrays:
         return ops.sin(value)
 
     def maximum(self, value: Array, bound: float) -> Array:
-        return ops.maximum(value, bound)
+        return ops.where(value > bound, value, ops.full_like(value, bound))  # ops.maximum narrows it, too
 
     def sigmoid(self, value: Array) -> Array:
         return ops.sigmoid(value)
 
     def softmax(self, value: Array) -> Array:
-        return ops.softmax(value, axis=-1)
+        shifted = ops.exp(value - ops.max(value, axis=-1, keepdims=True))  # ops.softmax warns of rows of one
+        return shifted / ops.sum(shifted, axis=-1, keepdims=True)
 
     def each(self, function: Callable[[tuple[Array, ...]], Array], values: tuple[Array, ...]) -> Array:
         """The function of every slice along the first axis, stacked; outside the `Arrays` protocol."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from blockkit.errors import MissingDependency
 
+EXTRAS = {"tokenizers": "hf"}  # where less than the extra `gemma` is enough
+
 
 def require(package: str) -> Any:
     """Import and return an optional package.
@@ -17,5 +19,5 @@ def require(package: str) -> Any:
     except ImportError as error:
         raise MissingDependency(
             f"the package {package} is needed and cannot be imported ({error}). "
-            'Install it with: pip install "blockkit-patch[gemma]"'
+            f'Install it with: pip install "blockkit-patch[{EXTRAS.get(package, "gemma")}]"'
         ) from error

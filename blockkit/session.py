@@ -1,0 +1,108 @@
+"""A model on a backend, with its tokenizer: texts in, a measured patch out.
+
+session = Session("gemma3-270m", backend="numpy")
+result = session.absorb("The dog is called Biscuit.", " The dog's name is")
+result.patch.save("patch.safetensors")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .algorithm import Absorbed, absorb
+from .checkpoint import Model, open_model
+from .errors import BadInput
+from .measure import Reference, measure
+from .opening import default_backend, open_executor
+from .patch import Patch
+from .request import Request
+from .weights.cache import resolve_model
+from .weights.tokenizer import load_tokenizer
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A context absorbed, what it is judged against, and the time by stage in seconds."""
+
+    absorbed: Absorbed
+    reference: Reference
+    patch: Patch
+    seconds: dict[str, float]
+
+
+class Session:
+    """Opens a model and absorbs contexts into it.
+
+    Args:
+        model: `gemma3-270m`, a `.gguf` file or a Hugging Face folder.
+        backend: `numpy`, `jax`, `tensorflow` or `torch`; None for the first that is installed. For the last
+            three, Python must have been started with KERAS_BACKEND set to it.
+        dtype: `float32`, `float64` or `bfloat16`, as far as the backend has it.
+
+    Raises:
+        BadInput: the model, the backend or the dtype cannot be used.
+        MissingDependency: an optional package is missing; the message holds the install line.
+    """
+
+    def __init__(
+        self, model: str, backend: str | None = None, dtype: str = "float32", progress: Progress | None = None
+    ) -> None:
+        report = progress or _silent
+        start = time.perf_counter()
+        self.backend, self.dtype = default_backend() if backend is None else backend, dtype
+        self.model = open_checkpoint(model, report)
+        self.tokenizer = load_tokenizer(self.model.folder.path)
+        report(f"loading the weights ({self.backend}, {dtype})", 0.0)
+        self.executor = open_executor(self.model, self.backend, dtype)
+        self.seconds = {"load": time.perf_counter() - start}
+
+    def absorb(
+        self,
+        context: str,
+        query: str,
+        tokens: str = "last",
+        strategy: str | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Algorithm 1, proved by a run of the edited model and measured against the recompute floor.
+
+        The context is tokenized with the tokenizer's special tokens, the query without.
+
+        Raises:
+            BadInput: an empty text, or one longer than the model's window.
+            NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.algorithm.absorb`.
+        """
+        report = progress or _silent
+        ids = self.tokenizer.encode(context, special=True), self.tokenizer.encode(query, special=False)
+        request = Request(np.array(ids[0], int), np.array(ids[1], int), tokens)
+        absorbed = absorb(self.executor, request, strategy, report)
+        start = time.perf_counter()
+        report("measuring the unpatched model and the recompute floor", 0.0)
+        reference = measure(self.executor, absorbed)
+        seconds = {**self.seconds, **absorbed.seconds, "measure": time.perf_counter() - start}
+        return Result(absorbed, reference, Patch.of(absorbed, self.model, self.dtype), seconds)
+
+
+def open_checkpoint(model: str, progress: Progress | None = None) -> Model:
+    """A model by name or path; a GGUF is converted once and cached.
+
+    Raises:
+        BadInput: nothing of that name or path can be opened.
+    """
+    if not model.strip():
+        raise BadInput("the model's name is empty: give a .gguf file, a Hugging Face folder, or gemma3-270m")
+    try:
+        folder = resolve_model(model, progress or _silent)
+    except RuntimeError as error:  # ~somebody
+        raise BadInput(f"the model {model!r}: {error}") from None
+    return open_model(folder)
+
+
+def _silent(stage: str, fraction: float) -> None:
+    """The progress of those who do not ask for any."""

