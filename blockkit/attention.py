@@ -52,6 +52,7 @@ class Attend(Op):
     mixing: ClassVar[bool] = True
 
     def infer(self, args: Sequence[Argument]) -> Shape:
+        """`[heads*head_dim]`; see `Op.infer`."""
         wanted = 5 if self.qk_norm else 3
         if len(args) != wanted:
             raise BadInput(f"attend takes {wanted} arguments, got {len(args)}")

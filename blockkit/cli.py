@@ -39,6 +39,7 @@ class Commands(TyperGroup):
     """The commands. What the framework would end in a way of its own ends here as one of our errors."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was asked for."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -175,6 +175,7 @@ class LayerNorm(Component):
     kind: ClassVar[str] = "layer_norm"
 
     def lower(self, to: Lowering, name: str, inputs: tuple[str, ...]) -> str:
+        """The norm, then the scale, then the bias, as far as they are there; the last has the component's name."""
         width = to.shapes[inputs[0]]
         stages: list[tuple[Op, str]] = [(LayerNormOp(to.number(self.eps, f"{name}.eps")), "")]
         if self.scale:
@@ -348,6 +349,7 @@ class Attention(Component):
     kind: ClassVar[str] = "attention"
 
     def lower(self, to: Lowering, name: str, inputs: tuple[str, ...]) -> str:
+        """Projections, the mixing operation `NAME.heads`, and the output projection."""
         width, z = to.shapes[inputs[0]], inputs[0]
         heads = to.size(self.heads)
         kv_heads = to.size(self.kv_heads) if self.kv_heads is not None else heads

@@ -129,6 +129,7 @@ class Executor:
         names = tuple(dict.fromkeys(w if isinstance(w, str) else w.name for w in wants))
 
         def program(stored: Any, known: Any, positions: Any, factors: Any, past: Any) -> list[Array]:
+            """What is compiled: arrays and dictionaries of arrays in, the values in `wants` out."""
             before = {n: Past(tuple(args), at) for n, (args, at) in past.items()}
             layout = Layout(positions, segments, before)
             overlay = {name: change_of(factors[name], per_token) for name, _, per_token in flags}

@@ -84,6 +84,7 @@ def shift_law(operation: str, parameter: bool) -> Law:
 
 
 def divide_law(operation: str, other: int, offset: float) -> Law:
+    """A product solved for one factor; the argument at `other` is the one to divide by."""
     shown = f"{offset:g} + m" if offset else "m"
     return Law(
         f"{operation}.factor",
@@ -112,6 +113,7 @@ def weight_law() -> Law:
 
 
 def through_law(rows: Size, columns: Size) -> Law:
+    """A known matrix `[rows, columns]` solved for what it reads."""
     return Law(
         "matmul.input",
         Action.THROUGH,
@@ -138,6 +140,7 @@ def limited_law(operation: str, reach: Reach, limit: str) -> Law:
 
 
 def direction_law(operation: str, limit: str) -> Law:
+    """A norm solved for what it reads: only a direction can be set through it."""
     return Law(
         f"{operation}.input",
         Action.DIRECTION,

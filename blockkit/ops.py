@@ -185,6 +185,7 @@ class MatMul(Op):
     kind: ClassVar[str] = "matmul"
 
     def infer(self, args: Sequence[Argument]) -> Shape:
+        """`[d_out]`; see `Op.infer`."""
         if len(args) != 2 or args[0].parameter or len(args[1].shape) != 2 or len(args[0].shape) != 1:
             raise BadInput('matmul takes a signal and a matrix, as {"args": ["z", "W"]} for y = W z')
         rows, columns = args[1].shape

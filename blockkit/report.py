@@ -16,6 +16,7 @@ from .weights.tokenizer import Tokenizer
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """The JSON object of `check`."""
     return {
         "patchable": verdict.patchable,
         "capacity": verdict.capacity.json(),
@@ -33,6 +34,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
+    """The JSON object of `plan`."""
     return {
         "strategy": plan.strategy,
         "steps": [
@@ -52,6 +54,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def catalogue_json() -> list[dict[str, str]]:
+    """The entries of `list`."""
     found = []
     for family in catalog.families():
         entry = catalog.entry(family)

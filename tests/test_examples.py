@@ -7,8 +7,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import blockkit as bk
 import pytest
+
+import blockkit as bk
 
 FOLDER = Path(__file__).parent.parent / "examples"
 

@@ -67,6 +67,7 @@ class GraphBlock(Weights):
         self.built = True
 
     def call(self, x: Any, positions: Any, tokens: int) -> Any:
+        """The stream after the block, `[rows, d_model]`, of packed sequences of `tokens` rows each."""
         stored = {
             p: ops.convert_to_tensor(self.slots[slot] if slot in self.slots else self.shared(slot))
             for p, slot in self.names.items()
@@ -135,6 +136,7 @@ class CausalLM(keras.Model):
         return {s: v for part in (self.embedding, *self.blocks, self.final) for s, v in part.slots.items()}
 
     def call(self, ids: Any, positions: Any = None) -> Any:
+        """Logits `[batch, tokens, vocabulary]` of ids `[batch, tokens]`."""
         tokens = ids.shape[-1]
         if tokens is None:
             raise BadInput("the model needs sequences of a known length: pad them, and give the dataset a fixed shape")

@@ -75,6 +75,7 @@ class _Parser:
         self.path, self.data, self.position = path, data, len(_MAGIC)
 
     def header(self) -> GgufHeader:
+        """The whole header, checked."""
         version = self.unpack("<I")
         if version not in _VERSIONS:
             swapped = " (written for big-endian machines)" if version & 0xFFFF == 0 else ""
@@ -105,6 +106,7 @@ class _Parser:
         return name, shape, self.unpack("<I"), self.unpack("<Q")
 
     def place(self, base: int, name: str, shape: tuple[int, ...], block_type: int, offset: int) -> GgufTensor:
+        """Where a tensor's bytes lie, checked against the end of the file."""
         gguf = require("gguf")
         try:
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(block_type)]
@@ -121,6 +123,7 @@ class _Parser:
         return GgufTensor(name, shape, block_type, start, size)
 
     def value(self, kind: int) -> Any:
+        """The next metadata value of that kind."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
