@@ -414,9 +414,6 @@ class Planner:
     def held_back(self) -> list[Obstruction]:
         """The parameters that would serve if only they were free to move, and why they are not."""
         graph, found = self.graph, []
-        for p in graph.parameters:
-            if p.name not in self.movable and not (p.tied or p.frozen) and p.name in graph.uses:
-                found.append(Obstruction(graph.uses[p.name][0][0], self.immovable(p.name) or ""))
         for flag in ("tied", "frozen"):
             if not any(getattr(p, flag) for p in graph.parameters):
                 continue
@@ -427,6 +424,9 @@ class Planner:
                     reason = self.immovable(step.parameter)
                     if reason and getattr(graph.parameter[step.parameter], flag):
                         found.append(Obstruction(step.path[-1].node, reason))
+        for p in graph.parameters:
+            if p.name not in self.movable and not (p.tied or p.frozen) and p.name in graph.uses:
+                found.append(Obstruction(graph.uses[p.name][0][0], self.immovable(p.name) or ""))
         return list(dict.fromkeys(found))
 
 
