@@ -3,7 +3,9 @@
 The contextual and the reduced sequence go through each block as one packed run, so that each weight
 is read once for both, and only the current block's values are kept. At every block the plan's steps
 are solved from the reduced run's *actual* values, and the patched block's own output goes on to the
-next block, so rounding does not pile up. What is reported is an ordinary run of the edited model.
+next block, which takes up what rounding left. That holds in the arithmetic in which it was solved: another
+program's rounding is amplified by as much as the plan is ill-conditioned. What is reported is an
+ordinary run of the edited model.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import api
+from .algorithm import Progress
 from .report import absorbed_json, absorbed_text, next_tokens_text, verdict_json
-from .session import Progress, Session
+from .session import Session
 
 CONTEXT = (
     "Field notes, 14 March. The lighthouse on Skarv island is kept by Ingrid Solberg, who has a grey parrot "

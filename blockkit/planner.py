@@ -316,9 +316,13 @@ class Planner:
 
     # -- restore ---------------------------------------------------------------------------------
 
+    @cached_property
+    def _by_one_goal(self) -> tuple[Route, ...]:
+        return tuple(route for cut in self.cuts for route in self.steer(cut))
+
     def single_routes(self) -> list[Route]:
-        """Every route by one goal: steer each cut in turn. Linear in the size of the graph."""
-        return [route for cut in self.cuts for route in self.steer(cut)]
+        """Every route by one goal: steer each cut in turn. Linear in the size of the graph, and worked out once."""
+        return list(self._by_one_goal)
 
     def joined_route(self) -> Route | None:
         """Restores the first cut, from the context on, that can be restored by several parameters together."""

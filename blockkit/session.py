@@ -8,12 +8,11 @@ result.patch.save("patch.safetensors")
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .algorithm import Absorbed, absorb
+from .algorithm import Absorbed, Progress, absorb
 from .checkpoint import Model, open_model
 from .errors import BadInput
 from .measure import Reference, measure
@@ -22,8 +21,6 @@ from .patch import Patch
 from .request import Request
 from .weights.cache import resolve_model
 from .weights.tokenizer import load_tokenizer
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
