@@ -23,7 +23,7 @@ from .lockstep import BlockStepper, Stepped
 from .metrics import Comparison, compare
 from .plan import Plan, make_plan
 from .request import Request
-from .run import Edits, logits_of, remembered, run_stream
+from .run import Edits, logits_of, remembered, run_stream, sees_later
 
 Progress = Callable[[str, float], None]
 
@@ -105,16 +105,17 @@ def lock_step(
     contextual, reduced = stream[: n + q], stream[n + q :]
     steppers = {kind: BlockStepper(executor, plan, request, n) for kind, plan in plans.items()}
     steps: list[Stepped] = []
+    causal = not sees_later(executor)
     for layer in range(depth):
         report("absorbing", layer / depth)
         kind, past = executor.architecture.kind_at(layer), None
         stepper = steppers[kind]
-        if layer == depth - 1:  # after it, the context's own rows are of no use to anyone
+        if layer == depth - 1 and causal:  # after it, the context's own rows are of no use to anyone
             past = remembered(executor, layer, contextual[:n], executor.positions(np.arange(n)))[0]
             contextual, stepper = contextual[n:], BlockStepper(executor, plans[kind], request, 0)
         steps.append(stepper.absorb(layer, contextual, reduced, past))
         contextual, reduced = steps[-1].contextual, steps[-1].reduced
-    return steps, contextual[request.served[0] :]
+    return steps, contextual[-len(request.served) :]
 
 
 def run_query(

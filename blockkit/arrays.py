@@ -42,7 +42,10 @@ class Arrays(Protocol):
     def sin(self, value: Array) -> Array: ...
     def maximum(self, value: Array, bound: float) -> Array: ...
     def sigmoid(self, value: Array) -> Array: ...
+    def softplus(self, value: Array) -> Array: ...
     def softmax(self, value: Array) -> Array: ...
+    def top_k(self, value: Array, k: int) -> Array: ...
+    def scan(self, step: Callable[[Any, Any], tuple[Any, Array]], start: Any, rows: Sequence[Array]) -> Array: ...
     def jit(self, function: Fn) -> Fn: ...
 
 
@@ -113,11 +116,30 @@ class NumpyArrays:
         return np.asarray(np.maximum(value, value.dtype.type(bound)))
 
     def sigmoid(self, value: np.ndarray) -> np.ndarray:
-        return np.asarray(0.5 * (1 + np.tanh(0.5 * value)))
+        with np.errstate(over="ignore"):  # 1 / inf is the zero that is meant
+            return np.asarray(1 / (1 + np.exp(-value)))
+
+    def softplus(self, value: np.ndarray) -> np.ndarray:
+        return np.asarray(np.logaddexp(value.dtype.type(0), value))
 
     def softmax(self, value: np.ndarray) -> np.ndarray:
         shifted = np.exp(value - value.max(axis=-1, keepdims=True))
         return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+    def top_k(self, value: np.ndarray, k: int) -> np.ndarray:
+        """Ones where one of the k largest of the last axis stands (the first of equals), else zeros."""
+        order = np.argsort(-value, axis=-1, kind="stable")[..., :k]
+        chosen = np.zeros_like(value)
+        np.put_along_axis(chosen, order, 1, axis=-1)
+        return chosen
+
+    def scan(self, step: Callable[[Any, Any], tuple[Any, Array]], start: Any, rows: Sequence[Array]) -> np.ndarray:
+        """Steps through rows `[n, ...]`, carrying a state: `state, y = step(state, row of each)`; all y, `[n, ...]`."""
+        state, out = start, []
+        for row in zip(*rows, strict=True):
+            state, y = step(state, row)
+            out.append(y)
+        return np.stack(out)
 
     def jit(self, function: Fn) -> Fn:
         return function

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .architecture import Architecture
+from .architecture import Architecture, Block, Head
 from .arrays import Array, Arrays, NumpyArrays, wide_dtype
-from .attention import Attend
 from .checkpoint import Model, slots, stored_name
 from .errors import BadInput
 from .evaluate import evaluate
 from .graph import Graph, Node
 from .layout import Layout, Past
+from .mixing import MixingOp
 from .overlay import Change, MatrixChange, Overlay, change_of, merged
 
 Overlays = Mapping[int, Overlay]  # by layer
@@ -84,7 +84,11 @@ class Executor:
             stream = stream * xp.cast(xp.asarray(scale, wide_dtype(self.dtype)), self.dtype)
         if "positions" in self.parameters:
             stream = stream + xp.take_rows(self.parameters["positions"], xp.asarray(positions, "int32"))
-        return stream
+        if self.architecture.stem is None:
+            return stream
+        if "stem" not in self._compiled:
+            self._compiled["stem"] = self.arrays.jit(self._tokenwise("stem", self.architecture.stem))
+        return self._compiled["stem"](self._of("stem"), stream)
 
     @property
     def window(self) -> int:
@@ -119,7 +123,7 @@ class Executor:
         past = {n: (p.args, p.positions) for n, p in layout.past.items()}
         factors = {n: self._factors(c) for n, c in changes.items()}
         stored = {**self._slots[layer], **edited} if edited else self._slots[layer]
-        found = self._compiled[key](stored, dict(known), layout.positions, factors, past)
+        found = self._compiled[key](stored, dict(known), layout.positions, factors, past, layout.memory)
         return dict(zip(wants, found, strict=True))
 
     def _program(
@@ -128,15 +132,15 @@ class Executor:
         graph, xp = self.architecture.graphs[kind], self.arrays
         names = tuple(dict.fromkeys(w if isinstance(w, str) else w.name for w in wants))
 
-        def program(stored: Any, known: Any, positions: Any, factors: Any, past: Any) -> list[Array]:
+        def program(stored: Any, known: Any, positions: Any, factors: Any, past: Any, memory: Any) -> list[Array]:
             """What is compiled: arrays and dictionaries of arrays in, the values in `wants` out."""
             before = {n: Past(tuple(args), at) for n, (args, at) in past.items()}
-            layout = Layout(positions, segments, before)
+            layout = Layout(positions, segments, before, tuple(memory))
             overlay = {name: change_of(factors[name], per_token) for name, _, per_token in flags}
 
             def mixer(node: Node, args: list[Any], at: Layout) -> Array:
-                if isinstance(node.op, Attend):
-                    return node.op.attend(xp, args, at, at.past.get(node.name))
+                if isinstance(node.op, MixingOp):
+                    return node.op.mix(xp, args, at, at.past.get(node.name))
                 return node.op.forward(xp, args, at)
 
             joined = {n: v if not isinstance(v, tuple) else xp.concatenate(v, axis=0) for n, v in known.items()}
@@ -167,28 +171,47 @@ class Executor:
         """Residual stream `[tokens, d_model]` -> logits `[tokens, vocabulary]`."""
         if "logits" not in self._compiled:
             self._compiled["logits"] = self.arrays.jit(self._logits_program())
-        stored = {n: v for n, v in self.parameters.items() if n.startswith("final.")}
         table = self.parameters["embedding" if self.architecture.tied else "head"]
-        return self._compiled["logits"](stored, table, stream)
+        return self._compiled["logits"](self._of("final"), table, self.parameters.get("head_bias"), stream)
+
+    def _of(self, part: str) -> dict[str, Array]:
+        """The parameters of the stem or of the final block, by their names there."""
+        return {n.removeprefix(f"{part}."): v for n, v in self.parameters.items() if n.startswith(f"{part}.")}
+
+    def _tokenwise(self, part: str, block: Block) -> Any:
+        """A program for what stands before or after the blocks and looks at one token at a time."""
+        graph, xp = self.architecture.graph_of(block), self.arrays
+        if any(node.op.mixing for node in graph.nodes):
+            raise BadInput(f"{self.architecture.name}: {part} may not look at other tokens; make it a block")
+
+        def program(stored: Any, stream: Any) -> Array:
+            layout = Layout(None, (int(stream.shape[0]),))
+            return evaluate(graph, xp, stored, {graph.input: stream}, [graph.output], layout)[graph.output]
+
+        return program
 
     def _logits_program(self) -> Any:
-        final = self.architecture.final
+        final, xp = self.architecture.final, self.arrays
         if final is None or self.architecture.head is None:
             raise BadInput(f"{self.architecture.name} has no final norm and head: it is not a whole model")
-        graph, xp = self.architecture.graph_of(final), self.arrays
-        cap = self.architecture.number(self.architecture.head.softcap)
+        last = self._tokenwise("final", final)
 
-        def program(stored: Any, table: Any, stream: Any) -> Array:
-            named = {n.removeprefix("final."): v for n, v in stored.items()}
-            layout = Layout(None, (int(stream.shape[0]),))
-            normed = evaluate(graph, xp, named, {graph.input: stream}, [graph.output], layout)[graph.output]
-            logits = xp.linear(normed, table)
-            return logits if cap is None else cap * xp.tanh(logits / cap)
+        def program(stored: Any, table: Any, bias: Any, stream: Any) -> Array:
+            return finished(self.architecture, xp, xp.linear(last(stored, stream), table), bias)
 
         return program
 
     def positions(self, values: np.ndarray) -> Array:
         return self.arrays.asarray(values, "int32")
+
+
+def finished(architecture: Architecture, xp: Arrays, logits: Array, bias: Array | None) -> Array:
+    """Logits `[..., vocabulary]` as the head leaves them: shifted by `bias`, scaled, capped."""
+    head = architecture.head or Head()
+    scale, cap = architecture.number(head.scale), architecture.number(head.softcap)
+    logits = logits if bias is None else logits + bias
+    logits = logits if scale is None else logits * scale
+    return logits if cap is None else cap * xp.tanh(logits / cap)
 
 
 def reference(model: Model, dtype: str = "float64") -> Executor:

@@ -27,8 +27,11 @@ class Layout:
         positions: `[tokens]` integers, the position of each row in its own sequence.
         segments: the number of rows of each sequence, in order.
         past: for runs with a cache, by mixing node: what came before, seen by the first segment.
+        memory: for cross-attention, what each segment's tokens also look at: `[m, width]`, rows of the encoder's
+            result; one for each segment, or none at all.
     """
 
     positions: Array
     segments: tuple[int, ...]
     past: Mapping[str, Past] = field(default_factory=dict)
+    memory: tuple[Array, ...] = ()

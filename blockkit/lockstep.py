@@ -16,8 +16,8 @@ from .layout import Layout, Past
 from .ops import MatMul
 from .overlay import Change, MatrixChange, added, dense, plus
 from .plan import Plan
-from .planner import Step
 from .request import Request
+from .route import Step
 from .solve import Operands, asks, reads, rounding, solve_step
 
 REFINEMENTS = 3  # corrections of the last parameter by what rounding left

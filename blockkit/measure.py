@@ -10,7 +10,7 @@ from .algorithm import Absorbed, run_query
 from .executor import Executor
 from .metrics import Comparison, compare
 from .request import Request
-from .run import fill_cache, logits_of, run_stream
+from .run import fill_cache, logits_of, run_stream, sees_later
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Reference:
     Attributes:
         unpatched: the model without the context and without a patch.
         factored: the edited model with its changes kept as factors; None where that is what was run.
-        floor: contextual runs that are equal on paper, with and without the key-value cache.
+        floor: contextual runs that are equal on paper; see `recomputed`.
         without: logits of the unpatched run, `[served, vocabulary]`.
     """
 
@@ -31,7 +31,7 @@ class Reference:
 
 
 def measure(executor: Executor, absorbed: Absorbed) -> Reference:
-    """Runs the unpatched model, the factored patch and the cached contextual model."""
+    """Runs the unpatched model, the factored patch, and the contextual model in other ways."""
     request, first = absorbed.request, absorbed.request.served[0]
     without = logits_of(executor, run_query(executor, request, None)[first:])
     factored = None
@@ -43,11 +43,16 @@ def measure(executor: Executor, absorbed: Absorbed) -> Reference:
 
 
 def recomputed(executor: Executor, request: Request, contextual: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The contextual logits again behind a key-value cache, beside those to compare them with.
+    """Other contextual runs that are equal on paper, beside the logits to compare them with, `[tokens, vocabulary]`.
 
-    Twice: the query in one piece behind a cache of the context, and the last token alone behind a cache
-    of all before it, as in decoding. Each pair is `[tokens, vocabulary]`.
+    Behind a key-value cache, twice: the query in one piece behind a cache of the context, and the last token
+    alone behind a cache of all before it, as in decoding. Where tokens see later ones, a cache of earlier
+    tokens is another computation; there the same rows run in the opposite order, each at its position.
     """
+    if sees_later(executor):
+        ids = np.concatenate([request.context, request.query])
+        stream = run_stream(executor, ids[::-1], np.arange(len(ids))[::-1])[: len(contextual)]
+        return [(logits_of(executor, stream)[::-1], contextual)]
     before = np.concatenate([request.context, request.query[:-1]])
     pairs = []
     for past, ids, wanted in (

@@ -10,6 +10,7 @@ from .arrays import Array
 from .executor import Executor, Overlays
 from .graph import Graph
 from .layout import Layout, Past
+from .mixing import MixingOp
 
 Cache = Mapping[int, Mapping[str, Past]]
 Edits = Mapping[int, Mapping[str, Array]]  # merged parameters by layer
@@ -23,18 +24,21 @@ def run_stream(
     merge: bool = True,
     cache: Cache | None = None,
     edited: Edits | None = None,
+    memory: Array | None = None,
 ) -> Array:
     """The residual stream `[tokens, d_model]` after the last block, for `ids [tokens]` at `positions`.
 
     `overlays` are changed parameters by layer, merged into the weights or (`merge=False`) kept beside them
     as factors; `edited` are weights that are merged already. Every token runs through them. With `cache`,
-    the tokens also see the earlier ones that it remembers.
+    the tokens also see the earlier ones that it remembers. `memory` is what cross-attention reads, the rows
+    `[m, width]` of an encoder's result.
     """
     stream = executor.embed(ids, positions)
     at = executor.positions(positions)
     for layer in range(executor.depth):
         graph = executor.graph(layer)
-        layout = Layout(at, (len(ids),), cache[layer] if cache else {})
+        read = () if memory is None else (memory,)
+        layout = Layout(at, (len(ids),), cache[layer] if cache else {}, read)
         overlay = (overlays or {}).get(layer, {})
         weights = (edited or {}).get(layer) or (executor.merged(layer, overlay) if merge else {})
         kept = {} if merge else overlay
@@ -63,6 +67,12 @@ def remembered(
     names = sorted({*wants, *(a for args in wanted.values() for a in args)})
     values = executor.block(layer, {graph.input: stream}, names, Layout(at, (int(stream.shape[0]),)))
     return {n: Past(tuple(values[a] for a in args), at) for n, args in wanted.items()}, values
+
+
+def sees_later(executor: Executor) -> bool:
+    """Whether tokens also see those after them, so that what a cache remembers is not what they saw."""
+    nodes = (n for graph in executor.architecture.graphs.values() for n in graph.nodes)
+    return any(isinstance(n.op, MixingOp) and n.op.sees_later for n in nodes)
 
 
 def mixing_arguments(graph: Graph) -> dict[str, tuple[str, ...]]:

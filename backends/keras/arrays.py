@@ -88,9 +88,23 @@ class KerasArrays:
     def sigmoid(self, value: Array) -> Array:
         return ops.sigmoid(value)
 
+    def softplus(self, value: Array) -> Array:
+        return ops.softplus(value)
+
     def softmax(self, value: Array) -> Array:
         shifted = ops.exp(value - ops.max(value, axis=-1, keepdims=True))  # ops.softmax warns of rows of one
         return shifted / ops.sum(shifted, axis=-1, keepdims=True)
+
+    def top_k(self, value: Array, k: int) -> Array:
+        """Ones where one of the k largest of the last axis stands, else zeros."""
+        _, places = ops.top_k(value, k)
+        return ops.sum(ops.one_hot(places, int(value.shape[-1]), dtype=value.dtype), axis=-2)
+
+    def scan(self, step: Callable[[Any, Any], tuple[Any, Array]], start: Any, rows: Sequence[Array]) -> Array:
+        """Steps through rows `[n, ...]`, carrying a state; all results, `[n, ...]`."""
+        if self.name == "tensorflow":
+            return _scan_on_tensorflow(step, start, tuple(rows))
+        return ops.scan(step, start, tuple(rows))[1]
 
     def each(self, function: Callable[[tuple[Array, ...]], Array], values: tuple[Array, ...]) -> Array:
         """The function of every slice along the first axis, stacked; outside the `Arrays` protocol."""
@@ -112,6 +126,21 @@ class KerasArrays:
 
             return tf.function(function, autograph=False)
         return _without_gradients(function)
+
+
+def _scan_on_tensorflow(step: Callable[[Any, Any], tuple[Any, Array]], start: Any, rows: tuple[Array, ...]) -> Array:
+    """As `KerasArrays.scan`: Keras's own gives the results the shapes of the state, and fails where they differ."""
+    import tensorflow as tf
+
+    count = int(rows[0].shape[0])
+    state, first = step(start, tuple(r[0] for r in rows))
+    found = tf.TensorArray(first.dtype, size=count, element_shape=first.shape).write(0, first)
+
+    def body(i: Array, state: Any, found: Any) -> tuple[Array, Any, Any]:
+        state, y = step(state, tuple(r[i] for r in rows))
+        return i + 1, state, found.write(i, y)
+
+    return tf.while_loop(lambda i, *_: i < count, body, (tf.constant(1), state, found))[2].stack()
 
 
 def _without_gradients(function: Fn) -> Fn:

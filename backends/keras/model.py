@@ -7,10 +7,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from blockkit.architecture import Architecture
+from blockkit.architecture import Architecture, Block
 from blockkit.checkpoint import Model, slots, stored_name
 from blockkit.errors import BadInput
 from blockkit.evaluate import evaluate
+from blockkit.executor import finished
 from blockkit.graph import Graph, Node
 from blockkit.layout import Layout
 from blockkit.spec import architecture_from, parse_document, to_document
@@ -38,8 +39,8 @@ class TokenEmbedding(Weights):
         spec = architecture.embedding
         self.factor = architecture.number(spec.scale) if spec else None
         for slot, shape in slots(architecture):
-            if slot in ("embedding", "positions", "head"):
-                self.own(slot, shape, slot, "random_normal")
+            if slot in ("embedding", "positions", "head", "head_bias"):
+                self.own(slot, shape, slot, "zeros" if slot == "head_bias" else "random_normal")
 
     def call(self, ids: Any, positions: Any) -> Any:
         stream = ops.take(self.slots["embedding"], ids, axis=0)
@@ -122,18 +123,22 @@ class CausalLM(keras.Model):
             block = GraphBlock(graph, names, dict(shared), name=f"{kind}_{layer}", dtype=dtype)
             shared.update({slot: v for slot, v in block.slots.items() if slot.startswith("shared.")})
             self.blocks.append(block)
-        final = architecture.graph_of(architecture.final) if architecture.final else None
-        if final is None or architecture.head is None:
+        if architecture.final is None or architecture.head is None:
             raise BadInput(f"{architecture.name} has no final norm and head: it is not a whole model")
-        names = {p.name: f"final.{p.name}" for p in final.parameters}
-        self.final = GraphBlock(final, names, {}, name="final", dtype=dtype)
-        self.cap = architecture.number(architecture.head.softcap)
+        self.stem = self._tokenwise("stem", architecture.stem) if architecture.stem else None
+        self.final = self._tokenwise("final", architecture.final)
         self.built = True
+
+    def _tokenwise(self, part: str, block: Block) -> GraphBlock:
+        graph = self.architecture.graph_of(block)
+        return GraphBlock(graph, {p.name: f"{part}.{p.name}" for p in graph.parameters}, {}, name=part,
+                          dtype=self.dtype_policy)  # fmt: skip
 
     @property
     def slots(self) -> dict[str, Any]:
         """Every variable by slot."""
-        return {s: v for part in (self.embedding, *self.blocks, self.final) for s, v in part.slots.items()}
+        parts = (self.embedding, *([self.stem] if self.stem else []), *self.blocks, self.final)
+        return {s: v for part in parts for s, v in part.slots.items()}
 
     def call(self, ids: Any, positions: Any = None) -> Any:
         """Logits `[batch, tokens, vocabulary]` of ids `[batch, tokens]`."""
@@ -144,11 +149,12 @@ class CausalLM(keras.Model):
             positions = ops.zeros_like(ids, dtype="int32") + ops.arange(tokens, dtype="int32")
         positions = ops.reshape(positions, (-1,))
         stream = self.embedding(ops.reshape(ids, (-1,)), positions)
-        for block in (*self.blocks, self.final):
+        for block in (*([self.stem] if self.stem else []), *self.blocks, self.final):
             stream = block(stream, positions, tokens=tokens)
-        table = self.embedding.slots["embedding" if self.architecture.tied else "head"]
-        logits = KerasArrays().linear(stream, ops.convert_to_tensor(table))
-        logits = logits if self.cap is None else self.cap * ops.tanh(logits / self.cap)
+        xp, stored = KerasArrays(), self.embedding.slots
+        table = ops.convert_to_tensor(stored["embedding" if self.architecture.tied else "head"])
+        bias = ops.convert_to_tensor(stored["head_bias"]) if "head_bias" in stored else None
+        logits = finished(self.architecture, xp, xp.linear(stream, table), bias)
         return ops.reshape(logits, (-1, tokens, logits.shape[-1]))
 
     def compute_output_shape(self, shape: Any, *rest: Any) -> Any:
