@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -16,6 +16,8 @@ from functools import cached_property
 from .errors import BadInput
 from .ops import Argument, Op, Shape
 from .sizes import Size
+
+LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,18 @@ class Graph:
         return frozenset(found)
 
     def arguments(self, node: Node) -> tuple[Argument, ...]:
-        return tuple(Argument(self.shapes[a], a in self.parameter) for a in node.args)
+        return self._arguments[node.name]
+
+    @cached_property
+    def _arguments(self) -> dict[str, tuple[Argument, ...]]:
+        known = {name: Argument(shape, name in self.parameter) for name, shape in self.shapes.items()}
+        return {n.name: tuple(known[a] for a in n.args) for n in self.nodes}
 
     def bound(self, constants: Mapping[str, object]) -> Graph:
-        """The same graph with numbers put in for symbols in the parameters' shapes and the width."""
+        """The same graph with numbers put in for symbols: in the parameters' shapes, the operations and the width."""
         stored = [replace(p, shape=tuple(s.bind(constants) for s in p.shape)) for p in self.parameters]
-        return Graph.build(self.input, self.output, self.width.bind(constants), stored, self.nodes)
+        nodes = [replace(n, op=_bound_op(n.op, constants)) for n in self.nodes]
+        return Graph.build(self.input, self.output, self.width.bind(constants), stored, nodes)
 
     def restricted(self, only: Iterable[str] = (), freeze: Iterable[str] = ()) -> Graph:
         """The same graph with parameters frozen: those no `only` glob matches, and those a `freeze` glob does.
@@ -151,7 +159,7 @@ class Graph:
         names = [p.name for p in self.parameters]
         for pattern in (*only, *freeze):
             if not any(fnmatchcase(n, pattern) for n in names):
-                raise BadInput(f"{pattern!r} matches no parameter; there are {', '.join(names) or 'none'}")
+                raise BadInput(f"{pattern!r:.80} matches no parameter; there are {listed(names)}")
 
         def held(name: str) -> bool:
             chosen = not only or any(fnmatchcase(name, p) for p in only)
@@ -161,33 +169,56 @@ class Graph:
         return replace(self, parameters=stored)
 
 
+def _bound_op(op: Op, constants: Mapping[str, object]) -> Op:
+    sizes = {f.name: getattr(op, f.name) for f in fields(op)}  # type: ignore[arg-type]
+    known = {name: size.bind(constants) for name, size in sizes.items() if isinstance(size, Size)}
+    return replace(op, **known) if known else op  # type: ignore[type-var]
+
+
 def _check_names(input: str, output: str, parameters: tuple[Parameter, ...], nodes: tuple[Node, ...]) -> None:
     known: set[str] = set()
     for name in (input, *(p.name for p in parameters), *(n.name for n in nodes)):
         if name in known:
-            raise BadInput(f"two things are named {name!r}: the input, parameters and nodes need names of their own")
+            shared = f"two things are named {name!r}: the input, parameters and nodes need names of their own"
+            raise BadInput(shared, at=name)
+        if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+            raise BadInput(f"{name!r:.80} is no name: allowed are 1 to {LONGEST_NAME} printable characters", at=name)
         known.add(name)
     for node in nodes:
         for arg in node.args:
             if arg not in known:
-                raise BadInput(f"node {node.name!r} reads {arg!r}, which does not exist{suggest(arg, known)}")
+                missing = f"node {node.name!r} reads {arg!r:.80}, which does not exist{suggest(arg, known)}"
+                raise BadInput(missing, at=node.name)
     if output not in {n.name for n in nodes}:
-        raise BadInput(f"the output {output!r} is not a node{suggest(output, known)}")
+        raise BadInput(f"the output {output!r:.80} is not a node{suggest(output, known)}")
     read = {a for n in nodes for a in n.args}
     for p in parameters:
         if p.name not in read:
-            raise BadInput(f"parameter {p.name!r} is not used by any node; remove it or use it")
+            raise BadInput(f"parameter {p.name!r} is not used by any node; remove it or use it", at=p.name)
     for node in nodes:
         if node.name not in read and node.name != output:
-            raise BadInput(f"node {node.name!r} leads nowhere: nothing reads it and it is not the output")
+            lost = f"node {node.name!r} leads nowhere: nothing reads it and it is not the output"
+            raise BadInput(lost, at=node.name)
+
+
+def listed(names: Iterable[str], most: int = 30) -> str:
+    """The names for a message: the first of them, where there are many."""
+    all_ = list(names)
+    return ", ".join([*all_[:most], *([f"and {len(all_) - most} more"] if len(all_) > most else [])]) or "none"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` for a misspelt name."""
+    close = get_close_matches(name, known, n=3) if len(name) <= LONGEST_NAME else []
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` for a misspelt name, or the names there are when there are few."""
-    listed = list(known)
-    if close := get_close_matches(name, listed, n=3):
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"; there are {', '.join(sorted(listed))}" if len(listed) <= 30 else ""
+    """`nearest`, or else the names there are when there are few."""
+    options = list(known)
+    if meant := nearest(name, options):
+        return meant
+    return f"; there are {', '.join(sorted(options))}" if len(options) <= 30 else ""
 
 
 def _topological(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -212,7 +243,8 @@ def _topological(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
             if not waiting[reader]:
                 ready.append(reader)
     if len(ordered) < len(nodes):
-        raise BadInput(f"the graph has a cycle: {' -> '.join(_cycle(by_name, waiting))}")
+        cycle = _cycle(by_name, waiting)
+        raise BadInput(f"the graph has a cycle: {' -> '.join(cycle)}", at=cycle[0])
     return tuple(ordered)
 
 
@@ -231,12 +263,12 @@ def _infer(input: str, width: Size, parameters: tuple[Parameter, ...], nodes: tu
     shapes: dict[str, Shape] = {input: (width,)}
     for p in parameters:
         if len(p.shape) not in (1, 2) or any(s.known is not None and s.known < 1 for s in p.shape):
-            raise BadInput(f"parameter {p.name!r} must be a vector or a matrix of positive sizes")
+            raise BadInput(f"parameter {p.name!r} must be a vector or a matrix of positive sizes", at=p.name)
         shapes[p.name] = p.shape
     stored = {p.name for p in parameters}
     for node in nodes:
         try:
             shapes[node.name] = node.op.infer([Argument(shapes[a], a in stored) for a in node.args])
         except BadInput as error:
-            raise BadInput(f"node {node.name!r}: {error} (arguments {', '.join(node.args)})") from None
+            raise BadInput(f"node {node.name!r}: {error} (arguments {listed(node.args)})", at=node.name) from None
     return shapes

@@ -27,6 +27,8 @@ class Action(Enum):
     PLACE = "place"  # put the target where the slice was taken
     INVERT = "invert"  # inverse of a bijection
     DIRECTION = "direction"  # set the direction of what a norm reads
+    JOINT = "joint"  # one equation for a vector that reaches the goal in several ways
+    JOINT_WEIGHT = "joint weight"  # the same for a matrix
 
 
 class Kind(Enum):
@@ -63,7 +65,6 @@ class Law:
         limit: for a reach less than all, what limits it.
         source: lemma of the paper, or what it extends.
         fact: a further condition, in words, that fails only on a set of measure zero.
-        sizes: a pair (rows, columns) such that the reach needs rows <= columns.
     """
 
     name: str
@@ -75,7 +76,6 @@ class Law:
     whole: bool = False
     limit: str = ""
     fact: str = ""
-    sizes: tuple[Size, Size] | None = None
 
 
 def shift_law(operation: str, parameter: bool) -> Law:
@@ -112,22 +112,21 @@ def weight_law() -> Law:
     )
 
 
-def through_law(rows: Size, columns: Size) -> Law:
-    """A known matrix `[rows, columns]` solved for what it reads."""
+def through_law() -> Law:
+    """A known matrix solved for what it reads; how much passes depends on the whole way (`analysis.window`)."""
     return Law(
         "matmul.input",
         Action.THROUGH,
         "z -> z + W^+ (t - W z), the least-norm solution",
         "linearity",
-        reach=Reach.PROPER if rows.at_most(columns) is False else Reach.ALL,
-        limit=f"it has {rows} rows and only {columns} columns: its results fill a subspace",
-        fact="has full row rank",
-        sizes=(rows, columns),
+        fact="has full rank",
     )
 
 
-def place_law() -> Law:
-    return Law("slice.input", Action.PLACE, "u[start:stop] -> t", "re-arrangement")
+def place_law(operation: str) -> Law:
+    """A slice or a concatenation solved for what it reads; what passes depends on the whole way."""
+    formula = "u[start:stop] -> t" if operation == "slice" else "u -> t[start:stop]"
+    return Law(f"{operation}.input", Action.PLACE, formula, "re-arrangement")
 
 
 def invert_law(operation: str, fn: str) -> Law:
@@ -149,6 +148,12 @@ def direction_law(operation: str, limit: str) -> Law:
         Reach.SPHERE,
         limit=limit,
     )
+
+
+def joint_law(matrix: bool) -> Law:
+    """A parameter with several linear ways to the goal, solved for by the sum of all of them."""
+    action = Action.JOINT_WEIGHT if matrix else Action.JOINT
+    return Law("joint", action, "p -> p + L^+ (t - y), L the sum of its linear ways to y", "linearity")
 
 
 def parameter_capacity(action: Action, shape: tuple[Size, ...]) -> Capacity:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .arrays import Array, Arrays, wide_dtype
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
     from .layout import Layout
 
 Shape = tuple[Size, ...]
+
+
+class Vanish(IntEnum):
+    """Which zeros a value has, not by chance but for whole regions of contexts."""
+
+    NEVER = 0
+    HOLES = 1  # some coordinates, never all
+    ALL = 2  # possibly all
 
 
 @dataclass(frozen=True)
@@ -72,9 +81,13 @@ class Op:
         """An upper bound on the results when the arguments move within `moved`, each on its own."""
         return Reach.POINT if all(r is Reach.POINT for r in moved) else Reach.ALL
 
-    def may_vanish(self, vanishing: Sequence[bool]) -> bool:
-        """Whether whole regions of contexts give zeros, when the flagged arguments may be zero."""
-        return any(vanishing)
+    def fills(self, filled: Sequence[Reach], args: Sequence[Argument]) -> Reach:
+        """What contexts make of the result when they make `filled` of the arguments; POINT where that is unknown."""
+        return self.reach(filled, args)
+
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        """Which zeros whole regions of contexts give, when the arguments have those of `args`."""
+        return max(args, default=Vanish.NEVER)
 
 
 def _same_width(kind: str, args: Sequence[Argument], least: int) -> Shape:
@@ -126,8 +139,8 @@ class Add(Op):
             total = sum_of(total, r)
         return total
 
-    def may_vanish(self, vanishing: Sequence[bool]) -> bool:
-        return all(vanishing)
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return min(args)
 
 
 @dataclass(frozen=True)
@@ -152,6 +165,10 @@ class Multiply(Op):
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
         second = sum_of(moved[1], Reach.POINT)
         return product_of(moved[0], second)
+
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        first, second = args[0], Vanish.NEVER if self.offset else args[1]
+        return Vanish.ALL if first and second else max(first, second)  # holes may complement each other
 
 
 @dataclass(frozen=True)
@@ -201,11 +218,14 @@ class MatMul(Op):
         return xp.linear(args[0], args[1])
 
     def law(self, position: int, args: Sequence[Argument]) -> Law:
-        return weight_law() if position == 1 else through_law(*args[1].shape)
+        return weight_law() if position == 1 else through_law()
 
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
         rows, columns = args[1].shape
         return mapped(moved[0], rows.at_most(columns)) if moved[1] is Reach.POINT else Reach.ALL
+
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return Vanish.ALL if args[0] is Vanish.ALL else Vanish.NEVER
 
 
 @dataclass(frozen=True)
@@ -255,6 +275,9 @@ class LayerNorm(Op):
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
         return Reach.POINT if moved[0] is Reach.POINT else Reach.SPHERE
 
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return Vanish.ALL if args[0] is Vanish.ALL else Vanish.NEVER
+
 
 @dataclass(frozen=True)
 class Function:
@@ -264,14 +287,17 @@ class Function:
     limit: str
     bijective: bool = False
     injective: bool = False
+    flat: bool = False  # exactly zero on a whole half-line
 
 
 FUNCTIONS: dict[str, Function] = {
     "identity": Function(Reach.ALL, "", bijective=True, injective=True),
     "leaky_relu": Function(Reach.ALL, "", bijective=True, injective=True),
-    "relu": Function(Reach.NON_NEGATIVE, "its results are never negative"),
+    "relu": Function(Reach.NON_NEGATIVE, "its results are never negative", flat=True),
+    "relu2": Function(Reach.NON_NEGATIVE, "its results are never negative", flat=True),
     "gelu": Function(Reach.NON_NEGATIVE, "its results are bounded below (by -0.17)"),
     "gelu_tanh": Function(Reach.NON_NEGATIVE, "its results are bounded below (by -0.17)"),
+    "quick_gelu": Function(Reach.NON_NEGATIVE, "its results are bounded below (by -0.17)"),
     "silu": Function(Reach.NON_NEGATIVE, "its results are bounded below (by -0.28)"),
     "tanh": Function(Reach.BALL, "its results stay between -1 and 1", injective=True),
     "sigmoid": Function(Reach.BALL, "its results stay between 0 and 1", injective=True),
@@ -286,10 +312,14 @@ def apply_function(xp: Arrays, fn: str, u: Array) -> Array:
             return u
         case "relu":
             return xp.maximum(u, 0.0)
+        case "relu2":
+            return xp.maximum(u, 0.0) * xp.maximum(u, 0.0)
         case "leaky_relu":
             return xp.maximum(u, 0.0) - LEAK * xp.maximum(-u, 0.0)
         case "silu":
             return u * xp.sigmoid(u)
+        case "quick_gelu":
+            return u * xp.sigmoid(1.702 * u)
         case "tanh":
             return xp.tanh(u)
         case "sigmoid":
@@ -333,8 +363,10 @@ class Activation(Op):
             return Reach.BALL if moved[0] in (Reach.SPHERE, Reach.SIMPLEX) else moved[0]
         return Reach.BALL if moved[0].bounded else known.reach
 
-    def may_vanish(self, vanishing: Sequence[bool]) -> bool:
-        return self.fn == "relu" or (self.fn != "sigmoid" and any(vanishing))
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        if FUNCTIONS[self.fn].flat:
+            return Vanish.ALL
+        return Vanish.NEVER if self.fn == "sigmoid" else args[0]
 
 
 @dataclass(frozen=True)
@@ -380,8 +412,8 @@ class Softmax(Op):
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
         return Reach.POINT if moved[0] is Reach.POINT else Reach.SIMPLEX
 
-    def may_vanish(self, vanishing: Sequence[bool]) -> bool:
-        return False
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return Vanish.NEVER
 
 
 @dataclass(frozen=True)
@@ -402,15 +434,16 @@ class Concat(Op):
     def forward(self, xp: Arrays, args: Sequence[Any], layout: Layout) -> Array:
         return xp.concatenate(args, axis=-1)
 
-    def law(self, position: int, args: Sequence[Argument]) -> Law | None:
-        if len(args) == 1:
-            return place_law()
-        return limited_law(self.kind, Reach.PROPER, "one part of a concatenation leaves the others as they are")
+    def law(self, position: int, args: Sequence[Argument]) -> Law:
+        return place_law(self.kind)
 
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
         if all(r is moved[0] for r in moved):
             return Reach.BALL if moved[0].bounded and moved[0] is not Reach.POINT else moved[0]
         return Reach.BALL if all(r.bounded for r in moved) else Reach.PROPER
+
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return Vanish.HOLES if any(args) and min(args) is not Vanish.ALL else min(args)
 
 
 @dataclass(frozen=True)
@@ -432,10 +465,13 @@ class Slice(Op):
         return args[0][:, self.start.known : self.stop.known]
 
     def law(self, position: int, args: Sequence[Argument]) -> Law:
-        return place_law()
+        return place_law(self.kind)
 
     def reach(self, moved: Sequence[Reach], args: Sequence[Argument]) -> Reach:
         return {Reach.PROPER: Reach.ALL, Reach.SPHERE: Reach.BALL, Reach.SIMPLEX: Reach.BALL}.get(moved[0], moved[0])
+
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return Vanish.ALL if args[0] else Vanish.NEVER
 
 
 @dataclass(frozen=True)
@@ -460,5 +496,5 @@ class Mix(Op):
     def forward(self, xp: Arrays, args: Sequence[Any], layout: Layout) -> Array:
         raise BadInput("a mix node has no numbers of its own; it can be judged, planned and tried")
 
-    def may_vanish(self, vanishing: Sequence[bool]) -> bool:
-        return False
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return Vanish.NEVER

@@ -84,12 +84,14 @@ def changed_forward(
     xp: Arrays, node: Node, args: Sequence[Any], layout: Layout, position: int, change: Change
 ) -> Array:
     """The node's value with the change at `position` kept beside the parameter, as factors."""
-    dtype = xp.dtype_of(args[1 - position])
+    dtype = xp.dtype_of(next(v for a, v in zip(node.args, args, strict=True) if a != node.args[position]))
     wide = wide_dtype(dtype)
     if isinstance(change, VectorChange):
         shifted = xp.cast(args[position], wide) + change.delta
         others = [xp.cast(a, wide) for a in args]
-        return xp.cast(node.op.forward(xp, _replaced(others, position, shifted), layout), dtype)
+        name = node.args[position]
+        moved = [shifted if a == name else other for a, other in zip(node.args, others, strict=True)]
+        return xp.cast(node.op.forward(xp, moved, layout), dtype)
     unchanged = xp.cast(node.op.forward(xp, args, layout), wide)
     return xp.cast(unchanged + added(xp, xp.cast(args[0], wide), change), dtype)
 
@@ -99,7 +101,3 @@ def added(xp: Arrays, z: Array, change: MatrixChange) -> Array:
     if change.per_token:
         return xp.mean(z * change.right) * int(z.shape[-1]) * change.left
     return xp.matmul(xp.linear(z, change.right), change.left)
-
-
-def _replaced(args: Sequence[Any], position: int, value: Any) -> list[Any]:
-    return [value if i == position else a for i, a in enumerate(args)]

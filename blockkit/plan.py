@@ -10,7 +10,8 @@ from .errors import BadInput, NotPatchable
 from .graph import Graph
 from .laws import Action
 from .ops import show_shape
-from .planner import Planner, Route, Step
+from .planner import Planner
+from .route import Route, Step
 from .sizes import Size
 from .verdict import routes_of
 
@@ -74,9 +75,9 @@ def make_plan(graph: Graph, strategy: str = "stable", tokens: int | None = None)
     """
     if strategy not in STRATEGIES:
         raise BadInput(f"unknown strategy {strategy!r}; allowed are {', '.join(STRATEGIES)}")
-    if graph.output not in graph.contextual:
-        return _described(strategy, Route((), "nothing to do"), graph, tokens)
     planner = Planner(graph)
+    if planner.nothing_to_do:
+        return _described(strategy, Route((), "nothing to do"), graph, tokens)
     offered = offers(planner, tokens)
     if strategy not in offered:
         have = ", ".join(offered) or "none of the strategies"
@@ -87,6 +88,8 @@ def make_plan(graph: Graph, strategy: str = "stable", tokens: int | None = None)
 
 def offers(planner: Planner, tokens: int | None = None) -> dict[str, Route]:
     """Each strategy's route, for those that have one. Routes with only generic conditions go first."""
+    if planner.nothing_to_do:
+        return dict.fromkeys(STRATEGIES, Route((), "nothing to do"))
     routes = [r for r in routes_of(planner) if tokens is None or r.capacity.serves(tokens) is not False]
     routes.sort(key=lambda r: r.conditional)
     single = [r for r in routes if len(r.steps) == 1 or not r.steps[0].exact] or routes
@@ -102,7 +105,7 @@ def offers(planner: Planner, tokens: int | None = None) -> dict[str, Route]:
     rules: dict[str, tuple[list[Route], Callable[[Route], object]]] = {
         "minimal": (single, lambda r: (r.conditional, r.numbers.estimate())),
         "matrix": (matrix, lambda r: (r.conditional, len(r.steps), r.numbers.estimate())),
-        "stable": (single, lambda r: (r.conditional, outward(r), _roughness(r))),
+        "stable": (single, lambda r: (r.conditional, outward(r), _roughness(r), r.numbers.estimate())),
         "joint": (matrix, lambda r: (r.conditional, _roughness(r), -r.capacity.estimate())),
     }
     for name, (candidates, cost) in rules.items():
@@ -113,12 +116,14 @@ def offers(planner: Planner, tokens: int | None = None) -> dict[str, Route]:
 
 def _roughness(route: Route) -> int:
     """How far rounding can be amplified: a bias not at all, a scale by 1/min|u|, a pseudo-inverse most."""
-    if any(not s.exact for s in route.steps):
+    if any(not s.exact or s.block is not None for s in route.steps):
         return 2
-    actions = {link.law.action for s in route.steps for link in s.path}
+    actions = frozenset[Action]().union(*(s.last.actions for s in route.steps))
     if actions & {Action.THROUGH, Action.INVERT}:
         return 4
-    return 3 if Action.DIVIDE in actions else 1 if Action.WEIGHT in actions else 0
+    if actions & {Action.DIVIDE, Action.JOINT, Action.JOINT_WEIGHT}:
+        return 3
+    return 1 if Action.WEIGHT in actions else 0
 
 
 def _described(strategy: str, route: Route, graph: Graph, tokens: int | None) -> Plan:
@@ -150,21 +155,25 @@ def _aim(step: Step, paired: bool) -> str:
 
 def _solution(step: Step, graph: Graph) -> str:
     """The assignment with the graph's own names; `n_C` is the contextual value of node n."""
-    link = step.path[-1]
+    link = step.last
     last, action = graph.node[link.node], link.law.action
-    pulled = "" if len(step.path) == 1 else f"d_{last.name}"  # what the residual at the goal asks of this node
+    if step.region:
+        return f"{step.parameter} += L^+ ({step.goal}_C - {step.goal}), L the sum of its ways to {step.goal}"
+    pulled = "" if link.depth == 1 else f"d_{last.name}"  # what the residual at the goal asks of this node
     change = f"{pulled}({step.goal}_C - {step.goal})"
     if action is Action.WEIGHT:
-        z = last.args[0]
+        z = last.args[0] if step.block is None else f"{last.args[0]}[most active expert]"
         return f"{step.parameter} += {change} {z}^T / |{z}|^2"
     if action is Action.DIVIDE:
         return f"{step.parameter} += {change} / {last.args[1 - link.position]}"
+    if action is Action.INVERT:
+        return f"{step.parameter} by {link.law.formula}, t = {last.name} + {change}"
     return f"{step.parameter} += {change}"
 
 
 def _step_source(step: Step, graph: Graph) -> str:
     if not step.exact:
         return "Theorem 1, stable construction (closest unit-RMS direction)"
-    if step.is_matrix and len(step.path) == 1 and step.goal != graph.output:
+    if step.is_matrix and step.last.depth == 1 and step.goal != graph.output:
         return "Lemmas 6 and 7 (input side: restore the projection)"
     return step.law.source

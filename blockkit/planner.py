@@ -18,15 +18,19 @@ The ladder for steer(n), over the arguments of n's operation:
     1. the argument is a parameter that may move, and the operation's law for it reaches everything;
     2. the argument is a node with no other reader, the law reaches everything, and it can be steered;
     3. a norm under an element-wise scale: the matrix that feeds the norm takes the direction, the
-       scale takes what is left (the stable construction).
+       scale takes what is left (the stable construction);
+    4. a parameter that reaches n in several ways, all of them linear: one joint equation
+       (`blockkit.joint`).
 
-A parameter may move unless it is frozen, tied, read twice, or upstream of a mixing node. "No other
-reader" keeps steering lawful: the operation's other arguments then cannot depend on what moves.
+A parameter may move unless it is frozen, tied, or upstream of a mixing node. "No other reader" keeps
+steering lawful: the operation's other arguments then cannot depend on what moves.
 
 The block is patchable if restore(output). A *cut* is a node through which every path from the
 context to the output leads; restoring any one cut restores the block, so each cut is a goal. Input
 and output controllability (Definitions 3 and 4 of arXiv 2511.17864) and its Theorem 5 (restore the
 inside, then steer the outside) are what these rules give on a residual block.
+
+Every rule looks at a node once: the whole takes time in proportion to the size of the graph.
 """
 
 from __future__ import annotations
@@ -36,89 +40,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from .analysis.conditions import link_down
+from .analysis.facts import Facts
+from .analysis.window import Window
 from .graph import Graph, Node
-from .laws import Action, Condition, Kind, Law, parameter_capacity
-from .ops import Add, Concat, LayerNorm, MatMul, Multiply, RMSNorm, Scale
+from .joint import Joint
+from .laws import Action, Kind, parameter_capacity
+from .ops import Multiply, RMSNorm
 from .reach import Reach
+from .route import Link, Obstruction, Reasons, Route, Step
 from .sizes import Capacity, Size
-
-MOST_TERMS = 64  # longer sums are not followed term by term
-
-
-@dataclass(frozen=True)
-class Link:
-    """One law on the way down from a goal: solve `node` for its argument at `position`."""
-
-    node: str
-    position: int
-    law: Law
-
-
-@dataclass(frozen=True)
-class Step:
-    """Solve for one parameter so that `goal` takes its contextual value.
-
-    The target at the goal is pulled back along `path` to the parameter, the last link's argument.
-    """
-
-    parameter: str
-    goal: str
-    path: tuple[Link, ...]
-    conditions: tuple[Condition, ...]
-    capacity: Capacity
-    numbers: Size
-    exact: bool = True  # False: sets a direction only; a later step takes what is left
-
-    @property
-    def law(self) -> Law:
-        return self.path[-1].law
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.law.action is Action.WEIGHT
-
-
-@dataclass(frozen=True)
-class Route:
-    """Steps, in the order in which they are solved, that together restore the block."""
-
-    steps: tuple[Step, ...]
-    source: str
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return tuple(s.parameter for s in self.steps)
-
-    @property
-    def capacity(self) -> Capacity:
-        total = Capacity()
-        for step in self.steps:
-            total = total & step.capacity
-        return total
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        return tuple(dict.fromkeys(c for s in self.steps for c in s.conditions))
-
-    @property
-    def numbers(self) -> Size:
-        total = Size.of(0)
-        for step in self.steps:
-            total = total + step.numbers
-        return total
-
-    @property
-    def conditional(self) -> bool:
-        """Whether it hangs on a condition that fails in whole regions, or on sizes not yet known."""
-        return any(c.kind is not Kind.GENERIC for c in self.conditions)
-
-
-@dataclass(frozen=True)
-class Obstruction:
-    """Why a parameter, or whatever lies behind a node, does not serve."""
-
-    node: str
-    reason: str
 
 
 class Planner:
@@ -126,267 +57,235 @@ class Planner:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.obstructions: dict[tuple[str, str], Obstruction] = {}  # what the ladder ran into
+        self.facts = Facts(graph)
+        self.obstructions = Reasons()  # what the ladder ran into
 
-    # -- what may move ---------------------------------------------------------------------------
-
-    def immovable(self, name: str) -> str | None:
-        """Why the parameter may not move; None if it may."""
-        parameter = self.graph.parameter[name]
-        if parameter.tied:
-            return f"{name} is tied: it is also used outside this block, so moving it changes more than this block"
-        if parameter.frozen:
-            return f"{name} is frozen; freeing it would help"
-        if name in self.graph.before_mixing:
-            return f"{name} lies upstream of a mixing node, which no law inverts"
-        if len(self.graph.uses.get(name, ())) > 1:
-            return f"{name} is used twice in this block: one unknown with two equations"
-        return None
-
-    @cached_property
-    def movable(self) -> frozenset[str]:
-        return frozenset(p.name for p in self.graph.parameters if self.immovable(p.name) is None)
-
-    @cached_property
-    def steerable(self) -> frozenset[str]:
-        """Nodes downstream of a movable parameter."""
-        found: set[str] = set()
-        for node in self.graph.nodes:
-            if any(a in self.movable or a in found for a in node.args):
-                found.add(node.name)
-        return frozenset(found)
-
-    @cached_property
-    def may_vanish(self) -> frozenset[str]:
-        """Nodes that are zero, in some or all coordinates, for whole regions of contexts."""
-        found: set[str] = set()
-        for node in self.graph.nodes:
-            if node.op.may_vanish([a in found for a in node.args]):
-                found.add(node.name)
-        return frozenset(found)
-
-    # -- goals -----------------------------------------------------------------------------------
-
-    @cached_property
-    def cuts(self) -> tuple[str, ...]:
-        """The nodes any one of which restores the block, the output first.
-
-        In topological order a node is a cut exactly if nothing before it is read after it, and no
-        mixing node comes after it.
-        """
-        graph, cuts, furthest = self.graph, [], -1
-        chain = [n for n in graph.nodes if n.name in graph.relevant and n.name in graph.contextual]
-        last_mix = max((graph.index[n.name] for n in chain if n.op.mixing), default=-1)
-        for node in chain:
-            here = graph.index[node.name]
-            if furthest <= here and last_mix <= here:
-                cuts.append(node.name)
-            furthest = max([furthest, *(graph.index[r] for r, _ in graph.uses.get(node.name, ()))])
-        return tuple(reversed(cuts))
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether the output is the same whatever the context."""
+        return self.graph.output not in self.facts.contextual
 
     # -- steer -----------------------------------------------------------------------------------
 
-    def steer(self, goal: str) -> Iterator[Route]:
-        """All ways to give `goal` its contextual value by one parameter (or the stable pair)."""
-        pending: deque[tuple[str, tuple[Link, ...]]] = deque([(goal, ())])
+    def steer(self, goal: str, beyond: set[str] | None = None) -> Iterator[Route]:
+        """Rules 1 to 3: all ways to give `goal` its contextual value along a single way down.
+
+        They end at cuts, which are goals of their own, unless a set for the cuts `beyond` is given: a goal that
+        asks for less than a cut behind it (a slice does) may be had where that cut may not.
+        """
+        pending: deque[tuple[str, Link | None]] = deque([(goal, None)])
         while pending:
             name, above = pending.popleft()
+            if beyond is not None:
+                beyond.add(name)
             node = self.graph.node[name]
             for position, arg in enumerate(node.args):
-                law = self._open_law(node, position)
-                if law is None:
+                link = self._open(node, position, above)
+                if link is None:
                     continue
-                path = (*above, Link(name, position, law))
-                if arg in self.movable:
-                    step = self._step(arg, goal, path)
-                    yield Route((step,), _source_of(step))
-                    yield from self._stable_pair(node, position, step, above)
-                elif arg in self.graph.node and arg not in self.cuts and self._sole_reader(arg, node):
-                    pending.append((arg, path))
+                if arg in self.facts.movable:
+                    yield from self._end(node, link, goal)
+                elif self._passes(arg, node, beyond is not None):
+                    pending.append((arg, link))
 
-    def _open_law(self, node: Node, position: int) -> Law | None:
+    def _open(self, node: Node, position: int, above: Link | None = None) -> Link | None:
         """The law of that argument if it reaches everything and something behind it may move."""
         arg = node.args[position]
-        if arg not in self.movable and arg not in self.steerable:
+        if arg not in self.facts.movable and arg not in self.facts.steerable:
             return None
         law = node.op.law(position, self.graph.arguments(node))
         if law is None:
             if not node.op.mixing:
-                self._note(node.name, f"{node.op.kind} has no law for its argument {arg}")
+                self.obstructions.add(node.name, f"{node.op.kind} has no law for its argument {arg}")
             return None
         if law.reach is not Reach.ALL:
-            self._note(node.name, f"{node.name} ({node.op.kind}) stops what lies behind it: {law.limit}")
+            self.obstructions.add(node.name, f"{node.name} ({node.op.kind}) stops what lies behind it: {law.limit}")
             return None
-        return law
+        link = link_down(self.facts, node, position, law, above)
+        if isinstance(link, str):
+            self.obstructions.add(node.name, f"{node.name} ({node.op.kind}) stops what lies behind it: {link}")
+            return None
+        return link
 
-    def _sole_reader(self, arg: str, reader: Node) -> bool:
-        uses = self.graph.uses[arg]
-        if len(uses) == 1:
+    def _end(self, node: Node, link: Link, goal: str) -> Iterator[Route]:
+        """The routes that end at the parameter which `link` solves for."""
+        parameter = node.args[link.position]
+        if len(self.graph.uses[parameter]) > 1:
+            return  # rule 4 may serve it
+        step = self._step(link, goal)
+        yield Route((step,), _source_of(step))
+        if block := self._one_expert(node, link):
+            numbers = self.graph.parameter[parameter].shape[0] + block
+            one = replace(step, block=block, capacity=Capacity.of(1), numbers=numbers)  # which one hangs on the token
+            yield Route((one,), "gated sum: the most active expert alone")
+        yield from self._stable_pair(node, link, step)
+
+    def _passes(self, arg: str, reader: Node, beyond: bool) -> bool:
+        """Rule 2's condition on the value that would be steered."""
+        if arg not in self.graph.node or (arg in self.facts.is_cut and not beyond):
+            return False
+        readers = {n for n, _ in self.graph.uses[arg]}
+        if len(self.graph.uses[arg]) == 1:
             return True
-        others = ", ".join(sorted({n for n, _ in uses} - {reader.name})) or reader.name
-        self._note(arg, f"{arg} is also read by {others}, so steering it would move more than one term")
+        others = ", ".join(sorted(readers - {reader.name})[:3]) or reader.name
+        self.obstructions.add(arg, f"{arg} is also read by {others}, so steering it would move more than one term")
         return False
 
-    def _stable_pair(self, node: Node, position: int, scale: Step, above: tuple[Link, ...]) -> Iterator[Route]:
+    def _one_expert(self, node: Node, link: Link) -> Size | None:
+        """The width of one expert, where the matrix that `link` solves for reads stacked experts."""
+        return self.facts.experts.get(node.args[0]) if link.law.action is Action.WEIGHT else None
+
+    def _stable_pair(self, node: Node, link: Link, scale: Step) -> Iterator[Route]:
         """Rule 3 of steer: direction by the matrix that feeds the norm, the remainder by the scale."""
-        if not isinstance(node.op, Multiply):
-            return
-        arg = node.args[1 - position]
+        if not isinstance(node.op, Multiply) or (node.op.offset and link.position == 0):
+            return  # an offset must stand beside the scale, not beside the norm
+        arg = node.args[1 - link.position]
         norm = self.graph.node.get(arg)
-        if node.op.offset and position == 0:
-            return  # the offset stands beside the norm, not beside the scale
         if norm is None or not isinstance(norm.op, RMSNorm) or len(self.graph.uses[arg]) > 1:
             return
         fed = norm.args[0]
-        if fed not in self.graph.node or fed in self.cuts or len(self.graph.uses[fed]) > 1:
+        if fed not in self.graph.node or fed in self.facts.is_cut or len(self.graph.uses[fed]) > 1:
             return
-        signal = node.op.law(1 - position, self.graph.arguments(node))
+        signal = node.op.law(1 - link.position, self.graph.arguments(node))
         direction = norm.op.law(0, self.graph.arguments(norm))
-        prefix = (*above, Link(node.name, 1 - position, signal), Link(arg, 0, direction))
+        scaled = link_down(self.facts, node, 1 - link.position, signal, link.above, turns=True)
+        turned = scaled if isinstance(scaled, str) else link_down(self.facts, norm, 0, direction, scaled)
+        if isinstance(turned, str) or turned.window != Window.whole(self.graph.shapes[arg][0]):
+            return
         for inner in self.steer(fed):
             first = inner.steps[0]
-            if len(inner.steps) > 1 or not first.is_matrix:
+            if len(inner.steps) > 1 or not first.is_matrix or first.block is not None:
                 continue
-            turned = self._step(first.parameter, scale.goal, (*prefix, *first.path), exact=False)
-            yield Route((turned, scale), "Theorem 1, stable construction")
+            last = self._extended(turned, first.path)
+            if last is not None:
+                yield Route((self._step(last, scale.goal, exact=False), scale), "Theorem 1, stable construction")
 
-    def _step(self, parameter: str, goal: str, path: tuple[Link, ...], exact: bool = True) -> Step:
-        last = path[-1].law.action
-        shape = self.graph.parameter[parameter].shape
-        numbers = shape[0] + shape[1] if last is Action.WEIGHT else shape[0]
-        capacity = parameter_capacity(last, shape) if exact else Capacity.of(1)
-        if last is Action.WEIGHT and exact:
-            capacity = capacity & self.spans[self.graph.node[path[-1].node].args[0]]
-        return Step(parameter, goal, path, tuple(self._conditions(path)), capacity, numbers, exact)
+    def _extended(self, above: Link, path: tuple[Link, ...]) -> Link | None:
+        """The links of `path` again, under another one; None if less passes there."""
+        for below in path:
+            link = link_down(self.facts, self.graph.node[below.node], below.position, below.law, above)
+            if isinstance(link, str):
+                return None
+            above = link
+        return above
 
-    @cached_property
-    def spans(self) -> dict[str, Capacity]:
-        """The most dimensions that the values of a node can span over all tokens: an upper bound.
+    def _step(self, link: Link, goal: str, exact: bool = True) -> Step:
+        node = self.graph.node[link.node]
+        parameter = node.args[link.position]
+        shape, action = self.graph.parameter[parameter].shape, link.law.action
+        numbers = shape[0] + shape[1] if action is Action.WEIGHT else shape[0]
+        capacity = parameter_capacity(action, shape) if exact else Capacity.of(1)
+        if action is Action.WEIGHT and exact:
+            capacity = capacity & self.facts.spans[node.args[0]]
+        return Step(parameter, goal, link, capacity, numbers, exact)
 
-        A matrix that reads a bottleneck serves no more tokens than the bottleneck is wide.
-        """
-        graph = self.graph
-        found = {graph.input: Capacity.of(graph.width)}
-        for node in graph.nodes:
-            width = graph.shapes[node.name][0]
-            signals = [a for a in node.args if a not in graph.parameter]
-            below, own = [found[a] for a in signals], Capacity.of(width)
-            scaled = isinstance(node.op, Multiply) and (not node.op.offset or node.args[0] in signals)
-            if isinstance(node.op, LayerNorm):
-                own = Capacity.of(width - Size.of(1))
-            elif isinstance(node.op, MatMul | Scale | RMSNorm) or (scaled and len(signals) == 1):
-                own = own & below[0]
-            elif isinstance(node.op, Add | Concat):
-                total = [Size.of(1 if len(node.args) > len(signals) else 0)]
-                for part in below:
-                    total = [t + s for t in total for s in part.sizes][:MOST_TERMS]
-                own = own & Capacity.of(*total)
-            found[node.name] = own
-        return found
-
-    def _conditions(self, path: tuple[Link, ...]) -> Iterator[Condition]:
-        """The conditions of the laws on a path; behind a known matrix, elementwise laws join its rank."""
-        through: list[str] = []
-        for link, below in zip(path, (*path[1:], None), strict=True):
-            node, law = self.graph.node[link.node], link.law
-            if law.action is Action.THROUGH:
-                through.append(node.args[1])
-            turns = below is not None and below.law.action is Action.DIRECTION
-            for position in () if turns else law.nonzero:
-                shown, kind = self._factor(node, position)
-                if law.whole and through:
-                    text = f"{' '.join(through)} diag({shown}) has full row rank"
-                else:
-                    text = f"{shown} is not zero {'where it has to change' if law.whole else 'as a vector'}"
-                yield Condition(link.node, text, kind)
-            if law.fact:
-                yield Condition(link.node, f"{node.args[1]} {law.fact}", Kind.GENERIC)
-            if law.sizes and law.sizes[0].at_most(law.sizes[1]) is None:
-                yield Condition(link.node, f"{law.sizes[0]} <= {law.sizes[1]}", Kind.SIZE)
-            if law.action is Action.INVERT:
-                through.clear()
-
-    def _factor(self, node: Node, position: int) -> tuple[str, Kind]:
-        """The name of a factor as the law sees it, and how it can vanish."""
-        arg = node.args[position]
-        offset = node.op.offset if isinstance(node.op, Multiply) and position == 1 else 0.0
-        return (f"{offset:g} + {arg}" if offset else arg), (
-            Kind.OPEN if arg in self.may_vanish and not offset else Kind.GENERIC
-        )
-
-    # -- restore ---------------------------------------------------------------------------------
+    # -- goals -----------------------------------------------------------------------------------
 
     @cached_property
     def _by_one_goal(self) -> tuple[Route, ...]:
-        return tuple(route for cut in self.cuts for route in self.steer(cut))
+        along_one_way = [route for cut in self.facts.cuts for route in self.steer(cut)]
+        served = {p for route in along_one_way for p in route.parameters}
+        beyond: set[str] = set()
+        for cut in self.facts.cuts if served < self.facts.movable else ():
+            if cut not in beyond:
+                further = [r for r in self.steer(cut, beyond) if served.isdisjoint(r.parameters)]
+                along_one_way += further
+                served.update(p for r in further for p in r.parameters)
+        joint = Joint(self.facts, self.obstructions)
+        return (*along_one_way, *(Route((s,), "one joint equation") for s in joint.steps(served)))
 
     def single_routes(self) -> list[Route]:
         """Every route by one goal: steer each cut in turn. Linear in the size of the graph, and worked out once."""
         return list(self._by_one_goal)
 
+    # -- restore ---------------------------------------------------------------------------------
+
     def joined_route(self) -> Route | None:
         """Restores the first cut, from the context on, that can be restored by several parameters together."""
-        found = (self.restore(cut) for cut in reversed(self.cuts))
-        return next((route for route in found if route is not None), None)
-
-    def restore(self, goal: str, barred: frozenset[str] = frozenset(), inner: bool = False) -> Route | None:
-        """A route that restores `goal` without passing `barred` nodes; None if there is none.
-
-        With `inner`, rule 3 comes before rule 2 and only matrices move: the paper's restoration of
-        every inner projection.
-        """
-        chosen: dict[str, Route | None] = {}
-        wanted = self._upstream(goal, barred)
-        for node in (n for n in self.graph.nodes if n.name in wanted):
-            if node.name not in self.graph.contextual:
-                chosen[node.name] = Route((), "")
-            elif node.name in barred:
-                chosen[node.name] = None
-            else:
-                joined = self._join(node, chosen)
-                if joined is None or not inner:
-                    own = (r for r in self.steer(node.name) if len(r.steps) == 1)
-                    best = next((r for r in own if not inner or self._inner(r, node)), None)
-                    joined = best or joined
-                chosen[node.name] = joined
-        return chosen[goal]
-
-    def _inner(self, route: Route, node: Node) -> bool:
-        """Whether the route moves the matrix of `node` itself, and that is not a mixer's own projection."""
-        fed = self.graph.node.get(node.args[0])
-        own = route.steps[0].is_matrix and route.steps[0].path[-1].node == node.name
-        return own and not (fed is not None and fed.op.mixing)
-
-    def _join(self, node: Node, chosen: dict[str, Route | None]) -> Route | None:
-        if node.op.mixing:
+        restored = self._restorable()
+        first = next((cut for cut in reversed(self.facts.cuts) if restored.get(cut) is not None), None)
+        if first is None:
             return None
+        return Route(self._collected(first, restored), "every argument restored")
+
+    def _restorable(self, barred: frozenset[str] = frozenset(), inner: bool = False) -> dict[str, Choice | None]:
+        """For every node, how the ladder restores it; None where it does not.
+
+        `barred` nodes are not to be passed. With `inner`, rule 3 comes before rule 2 and only matrices move:
+        the paper's restoration of every inner projection. A way that hangs on an open condition comes last.
+        """
+        found: dict[str, Choice | None] = {}
+        for node in self.graph.nodes:
+            if node.name not in self.facts.contextual:
+                found[node.name] = Choice()
+                continue
+            parts = [found.get(a, Choice()) for a in self.facts.reads(node)]
+            ways = []
+            if not node.op.mixing and None not in parts:
+                ways.append(Choice(open=any(p.open for p in parts if p is not None)))
+            own = self._own_matrix(node) if inner else self._nearest.get(node.name)
+            if own is not None:
+                ways.insert(len(ways) if inner else 0, Choice(own.link, own.open))
+            found[node.name] = None if node.name in barred else min(ways, key=lambda w: w.open, default=None)
+        return found
+
+    def _own_matrix(self, node: Node) -> Way | None:
+        """The law for the node's own movable matrix, unless it is a mixer's own projection."""
+        if len(node.args) != 2 or node.args[1] not in self.facts.movable or len(self.graph.uses[node.args[1]]) > 1:
+            return None
+        fed = self.graph.node.get(node.args[0])
+        link = self._open(node, 1)
+        if link is None or link.law.action is not Action.WEIGHT or (fed is not None and fed.op.mixing):
+            return None
+        return Way(link, Kind.OPEN in link.kinds)
+
+    @cached_property
+    def _nearest(self) -> dict[str, Way]:
+        """For every node that can be steered along a single way, the first link of such a way."""
+        found: dict[str, Way] = {}
+        for node in self.graph.nodes:
+            ways = []
+            for position, arg in enumerate(node.args):
+                link = self._open(node, position)
+                if link is None or len(self.graph.uses.get(arg, ())) != 1:
+                    continue
+                if arg in self.facts.movable or arg in found:
+                    ways.append(Way(link, Kind.OPEN in link.kinds or (arg in found and found[arg].open)))
+            if ways:
+                found[node.name] = min(ways, key=lambda w: w.open)
+        return found
+
+    def _collected(self, goal: str, chosen: dict[str, Choice | None]) -> tuple[Step, ...]:
+        """The steps behind a node's restoration, in the order in which they are solved."""
         steps: dict[Step, None] = {}
-        for arg in node.args:
-            if arg in chosen:
-                part = chosen[arg]
-                if part is None:
-                    return None
-                steps.update(dict.fromkeys(part.steps))
-        return Route(self._ordered(steps), "every argument restored")
-
-    def _ordered(self, steps: dict[Step, None]) -> tuple[Step, ...]:
-        return tuple(sorted(steps, key=lambda s: self.graph.index[s.goal]))
-
-    def _upstream(self, goal: str, barred: frozenset[str]) -> frozenset[str]:
         seen, stack = {goal}, [goal]
         while stack:
             name = stack.pop()
-            if name in barred or self.graph.node[name].op.mixing:
+            choice = chosen.get(name)
+            if choice is None or name not in self.facts.contextual:
                 continue
-            for arg in self.graph.node[name].args:
+            if choice.own is not None:
+                steps.setdefault(self._followed(name, choice.own))
+                continue
+            for arg in self.facts.reads(self.graph.node[name]):
                 if arg in self.graph.node and arg not in seen:
                     seen.add(arg)
                     stack.append(arg)
-        return frozenset(seen)
+        return tuple(sorted(steps, key=lambda s: self.graph.index[s.goal]))
+
+    def _followed(self, goal: str, link: Link) -> Step:
+        """The step that a way of `_nearest` describes, from its goal down to the parameter."""
+        node = self.graph.node[goal]
+        ways = [link]
+        while (arg := node.args[ways[-1].position]) not in self.graph.parameter:
+            node = self.graph.node[arg]
+            ways.append(self._nearest[arg].link)
+        last = self._extended(link, tuple(ways[1:]))
+        return self._step(last or link, goal)
 
     def paper_route(self) -> Route | None:
         """Restore every inner projection, then steer the outermost parameter (Theorems 1 and 5)."""
-        single = [r for r in self.single_routes() if len(r.steps) == 1]
+        single = [r for r in self.single_routes() if len(r.steps) == 1 and not r.steps[0].region]
         if not single:
             return None
         outermost = single[0].steps[0]
@@ -396,24 +295,23 @@ class Planner:
             for position, arg in enumerate(self.graph.node[link.node].args)
             if position != link.position and arg in self.graph.contextual
         )
-        last = self.graph.node[outermost.path[-1].node]
+        restored = self._restorable(barred, inner=True)
         steps: dict[Step, None] = {}
         complete = not barred  # whether the inner steps alone restore the goal
-        for arg in last.args:
+        for arg in self.graph.node[outermost.last.node].args:
             if arg in self.graph.contextual and arg not in barred:
-                inner = self.restore(arg, barred, inner=True)
-                steps.update(dict.fromkeys(inner.steps if inner else ()))
-                complete = complete and inner is not None
+                if restored[arg] is None:
+                    complete = False
+                else:
+                    steps.update(dict.fromkeys(self._collected(arg, restored)))
+        ordered = tuple(sorted(steps, key=lambda s: self.graph.index[s.goal]))
         if not steps:
             return single[0]
         if complete:
-            return Route(self._ordered(steps), "Lemmas 6 and 7, input side alone")
-        return Route((*self._ordered(steps), outermost), "Theorems 1 and 5")
+            return Route(ordered, "Lemmas 6 and 7, input side alone")
+        return Route((*ordered, outermost), "Theorems 1 and 5")
 
     # -- why not ---------------------------------------------------------------------------------
-
-    def _note(self, node: str, reason: str) -> None:
-        self.obstructions.setdefault((node, reason), Obstruction(node, reason))
 
     def held_back(self) -> list[Obstruction]:
         """The parameters that would serve if only they were free to move, and why they are not."""
@@ -425,13 +323,29 @@ class Planner:
             freed = tuple(replace(p, tied=False, frozen=p.frozen and not thawed) for p in graph.parameters)
             for route in Planner(replace(graph, parameters=freed)).single_routes():
                 for step in route.steps:
-                    reason = self.immovable(step.parameter)
+                    reason = self.facts.immovable(step.parameter)
                     if reason and getattr(graph.parameter[step.parameter], flag):
-                        found.append(Obstruction(step.path[-1].node, reason))
+                        found.append(Obstruction(step.last.node, reason))
         for p in graph.parameters:
-            if p.name not in self.movable and not (p.tied or p.frozen) and p.name in graph.uses:
-                found.append(Obstruction(graph.uses[p.name][0][0], self.immovable(p.name) or ""))
+            if p.name not in self.facts.movable and not (p.tied or p.frozen) and p.name in graph.uses:
+                found.append(Obstruction(graph.uses[p.name][0][0], self.facts.immovable(p.name) or ""))
         return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Way:
+    """The first link of a way down by which a node is steered, and whether the way hangs on an open condition."""
+
+    link: Link
+    open: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a node is restored: by a way of its own (rule 2), or by nothing but its arguments (rules 1 and 3)."""
+
+    own: Link | None = None
+    open: bool = False
 
 
 _SOURCES = {
@@ -443,4 +357,4 @@ _SOURCES = {
 
 def _source_of(step: Step) -> str:
     lemma = _SOURCES.get(step.law.action, step.law.source)
-    return f"{lemma}, through {len(step.path) - 1} known operation(s)" if len(step.path) > 1 else lemma
+    return f"{lemma}, through {step.last.depth - 1} known operation(s)" if step.last.depth > 1 else lemma

@@ -1,21 +1,21 @@
 """When the answer is no: contexts for which no values of the free parameters reproduce the block.
 
-Two sets are bounded by the same rules (`blockkit.reach`): what the free parameters can make of a node, and
-what the context asks of it. Where the second is not covered by the first, some context has no solution.
-Parameters upstream of a mixing node count as able to do anything there: no law inverts a mixing node,
-but nothing shows that they cannot help, so the answer is then unknown rather than no.
+Two sets are bounded: what the free parameters can make of a node, from above, and what the context asks of it, from
+below (`analysis.extent`). Where the second does not fit into the first, some context has no solution. Parameters
+upstream of a mixing node count as able to do anything there: no law inverts a mixing node, but nothing shows that they
+cannot help, so the answer is then unknown rather than no.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
-
+from .analysis.extent import NONE, Asked, Moved, visible
+from .analysis.facts import Facts
 from .graph import Graph, Node
-from .ops import Add, LayerNorm, MatMul, Multiply, RMSNorm, Scale, Slice, Softmax
-from .planner import MOST_TERMS
+from .ops import Activation, Add, Concat, LayerNorm, MatMul, Multiply, RMSNorm, Scale, Slice, Softcap, Softmax
 from .reach import Reach, covers
 from .sizes import Size
 
+TWO = Size.of(2)
 FAINT = 1e-3  # a norm's eps up to here leaves its results at the edge of their ball
 
 
@@ -23,47 +23,130 @@ class Refutation:
     """The argument for a no, on one graph."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+        self.graph, self.facts = graph, Facts(graph)
 
     def holds(self, tokens: int | None = None) -> bool:
         """Whether some context has no solution at all, whatever the free parameters do.
 
-        The reach of the free parameters is bounded above; the context's own reach tells whether
-        some context asks for more. Through an injective operation the question moves upstream.
+        Asked at the output, and at all that must then take its contextual value as well: what is read by operations
+        that take different values to different values.
         """
-        free = self._extent(moved=True)
-        asked = self._extent(moved=False)
-        name = self.graph.output
-        while True:
-            if not covers(free[name], asked[name]):
+        self.moved, self.asked = Moved(self.facts, tokens or 1), Asked(self.facts)
+        pending, seen = [self.graph.output], {self.graph.output}
+        while pending:
+            name = pending.pop()
+            if name not in self.graph.contextual or name in self.facts.zero:
+                continue
+            if not covers(self.moved.of(name), self.asked.of(name)) or self._too_few(name, tokens or 1):
                 return True
             node = self.graph.node[name]
-            if isinstance(node.op, Add) and self._unbalanced(node, free, asked):
+            if self._unbalanced(node) or self._shows_fixed(node) or self._out_of_plane(node):
                 return True
-            depends = [a for a in node.args if a in self.graph.contextual]
-            held = all(a in depends or free.get(a, self._at_rest(a)) is Reach.POINT for a in node.args)
-            if not (node.op.injective and len(depends) == 1 and held):
-                everything = asked[self.graph.output] is Reach.ALL
-                return tokens is not None and everything and self._too_few_numbers(tokens)
-            name = depends[0]
+            inner = [arg for arg in self._settled(node) if arg not in seen]
+            pending.extend(inner)
+            seen.update(inner)
+        return False
 
-    def _unbalanced(self, node: Node, free: dict[str, Reach], asked: dict[str, Reach]) -> bool:
-        """Whether a sum's only moving term is pinned by a norm while the context shifts the others.
+    def _settled(self, node: Node) -> list[str]:
+        """The arguments that have their contextual values if the result has its own."""
+        if isinstance(node.op, Concat):
+            return list(node.args)
+        if isinstance(node.op, Slice):
+            return [arg for arg, hidden in visible(self.graph, node) if hidden == 0]
+        injective = node.op.injective
+        if isinstance(node.op, MatMul):
+            rows, columns = self.graph.parameter[node.args[1]].shape
+            injective = columns.at_most(rows) is True
+        depends = [a for a in node.args if a in self.graph.contextual]
+        held = all(a in depends or self.moved.of(a) is Reach.POINT for a in node.args)
+        return depends if injective and len(depends) == 1 and held else []
 
-        The contextual value of the pinned term lies on the edge of what the term can be; whatever
-        the others miss would have to be added to it, and half of all directions lead outside.
+    def _shows_fixed(self, node: Node) -> bool:
+        """Whether a slice shows some of a concatenated value that the context moves, and the parameters do not."""
+        if not isinstance(node.op, Slice):
+            return False
+        parts = (p for p in visible(self.graph, node) if self.moved.of(p[0]) is Reach.POINT)
+        return any(self.asked.beside(arg, hidden) != 0 for arg, hidden in parts)
+
+    def _too_few(self, name: str, tokens: int) -> bool:
+        """Whether the context moves more dimensions than the free parameters: a smooth map cannot cover them."""
+        asked = self.asked.dimension[name] * Size.of(tokens)
+        return asked.at_most(self.moved.dimension[name]) is False
+
+    def _unbalanced(self, node: Node) -> bool:
+        """Whether a sum's only moving term is limited while the context shifts the others.
+
+        The moving term would have to take its contextual value plus what the others miss. That leads outside if
+        the others move without bound and the term has a bound on some side; or if the context can bring the term to
+        the edge of what it can be.
         """
-        rest = {a: free.get(a, self._at_rest(a)) for a in node.args}
-        moving = [a for a in node.args if rest[a] is not Reach.POINT]
-        shifted = [a for a in node.args if a not in moving and asked.get(a, Reach.POINT) is not Reach.POINT]
-        return len(moving) == 1 and bool(shifted) and self._pinned(moving[0], free)
+        moving, shifted = self._sides(node)
+        if not isinstance(node.op, Add) or len(moving) != 1 or not shifted:
+            return False
+        limit = self.moved.of(moving[0])
+        if (limit.bounded or limit.one_sided) and any(not self.asked.of(s).bounded for s in shifted):
+            return True
+        return self._at_the_edge(moving[0])
 
-    def _pinned(self, name: str, free: dict[str, Reach]) -> bool:
-        """Whether the value is a norm or softmax, under fixed scales and tall fixed matrices only."""
+    def _sides(self, node: Node) -> tuple[list[str], list[str]]:
+        """The terms (factors, parts) that the parameters move, and those that the context alone moves."""
+        form = self.facts.forms.found[node.name] if isinstance(node.op, Add) else dict.fromkeys(node.args, 1.0)
+        terms = [s for s, times in (form or {}).items() if times and s not in self.facts.zero]
+        moving = [s for s in terms if self.moved.of(s) is not Reach.POINT]
+        return moving, [s for s in terms if s not in moving and self.asked.dimension.get(s, NONE) != 0]
+
+    def _out_of_plane(self, node: Node) -> bool:
+        """Whether what moves stays in a plane that only this path leads through, while the context shifts the rest.
+
+        The rest then leaves the plane: as a term, if it moves at all; as a factor, if it does more than scale; as the
+        other parts of a concatenation under a matrix, which sends each part into a plane of its own.
+        """
+        read = self.graph.node.get(node.args[0])
+        if isinstance(node.op, MatMul) and read is not None and isinstance(read.op, Concat):
+            moving, shifted = self._sides(read)
+            rows = self.graph.shapes[node.name][0]
+            flat = all(rows.at_most(self.graph.shapes[m][0]) is False for m in moving)
+            return flat and len(moving) == 1 == len(self.graph.uses[node.args[1]]) and shifted != []
+        if not isinstance(node.op, Add | Multiply):
+            return False
+        moving, shifted = self._sides(node)
+        if isinstance(node.op, Multiply):
+            shifted = [s for s in shifted if TWO.at_most(self.asked.dimension[s])]
+        return len(moving) == 1 and shifted != [] and self._in_a_plane(moving[0])
+
+    def _in_a_plane(self, name: str) -> bool:
+        """Whether the value stays in a fixed plane: it comes through a tall fixed matrix that is used nowhere else."""
         while (node := self.graph.node.get(name)) is not None:
-            if isinstance(node.op, RMSNorm | LayerNorm | Softmax):
-                return isinstance(node.op, Softmax) or node.op.eps <= FAINT
-            still = [a for a in node.args if free.get(a, self._at_rest(a)) is Reach.POINT]
+            moving = [a for a in node.args if self.moved.of(a) is not Reach.POINT]
+            if len(moving) != 1 or not isinstance(node.op, MatMul | Multiply | Scale | Add):
+                return False
+            if isinstance(node.op, Multiply) and not set(node.args) <= {moving[0], *self.graph.parameter}:
+                return False
+            if isinstance(node.op, MatMul):
+                rows, columns = self.graph.parameter[node.args[1]].shape
+                if moving[0] != node.args[0] or (rows.at_most(columns) is True and columns != rows):
+                    return False
+                if rows.at_most(columns) is False:
+                    return len(self.graph.uses[node.args[1]]) == 1
+            name = moving[0]
+        return False
+
+    def _at_the_edge(self, name: str) -> bool:
+        """Whether contexts bring the value to the edge of its reach.
+
+        A norm or a softmax always is there; an activation, where the context moves what it reads without limit. Fixed
+        scales and tall fixed matrices behind them change nothing.
+        """
+        while (node := self.graph.node.get(name)) is not None:
+            match node.op:
+                case RMSNorm(eps=eps) | LayerNorm(eps=eps):
+                    return eps <= FAINT
+                case Softmax():
+                    return True
+                case Activation() | Softcap():
+                    limited = self.moved.of(name).bounded or self.moved.of(name).one_sided
+                    return limited and self.asked.of(node.args[0]) is Reach.ALL
+            still = [a for a in node.args if self.moved.of(a) is Reach.POINT]
             if len(still) != len(node.args) - 1 or any(a in self.graph.contextual for a in still):
                 return False
             if isinstance(node.op, MatMul):
@@ -74,66 +157,3 @@ class Refutation:
                 return False
             name = next(a for a in node.args if a not in still)
         return False
-
-    def _extent(self, moved: bool) -> dict[str, Reach]:
-        """The reach of every node: of the free parameters (`moved`), or of the context."""
-        extent: dict[str, Reach] = {}
-        for node in self.graph.nodes:
-            inputs = [extent.get(a, self._at_rest(a) if moved else Reach.POINT) for a in node.args]
-            if node.op.mixing:
-                still = moved and all(r is Reach.POINT for r in inputs)
-                extent[node.name] = Reach.POINT if still else Reach.ALL
-            else:
-                extent[node.name] = node.op.reach(inputs, self.graph.arguments(node))
-                if not moved and self._may_cancel(node, extent):
-                    extent[node.name] = Reach.POINT
-        return extent
-
-    def _may_cancel(self, node: Node, extent: dict[str, Reach]) -> bool:
-        """Whether known linear maps may take out again what the context brought in."""
-        if isinstance(node.op, Slice):
-            return extent.get(node.args[0]) is Reach.PROPER
-        if not isinstance(node.op, Add) or node.name not in self.graph.contextual:
-            return False
-        terms = self._combinations[node.name]
-        return terms is None or 0 in terms.values()
-
-    @cached_property
-    def _combinations(self) -> dict[str, dict[str, float] | None]:
-        """Each contextual value as a sum of multiples of others, through sums and known numbers.
-
-        None where there are too many terms to keep.
-        """
-        found: dict[str, dict[str, float] | None] = {}
-        for node in self.graph.nodes:
-            if node.name not in self.graph.contextual:
-                continue
-            if not isinstance(node.op, Add | Scale):
-                found[node.name] = {node.name: 1.0}
-                continue
-            factor = node.op.alpha if isinstance(node.op, Scale) else 1.0
-            total: dict[str, float] | None = {}
-            for arg in (a for a in node.args if a in self.graph.contextual):
-                part = found[arg]
-                if part is None or total is None or len(part) + len(total) > MOST_TERMS:
-                    total = None
-                    continue
-                for source, times in part.items():
-                    total[source] = total.get(source, 0.0) + factor * times
-            found[node.name] = total
-        return found
-
-    def _at_rest(self, name: str) -> Reach:
-        """The reach of a parameter or of the input."""
-        parameter = self.graph.parameter.get(name)
-        fixed = parameter is None or parameter.tied or parameter.frozen
-        return Reach.POINT if fixed else Reach.ALL
-
-    def _too_few_numbers(self, tokens: int) -> bool:
-        """Fewer free numbers than equations: a smooth map cannot cover the targets of `tokens` tokens."""
-        total = Size.of(0)
-        for p in self.graph.parameters:
-            if self._at_rest(p.name) is Reach.ALL:
-                total = total + p.numbers
-        asked = (self.graph.width * Size.of(tokens)).known
-        return asked is not None and total.known is not None and total.known < asked

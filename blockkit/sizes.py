@@ -11,11 +11,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from .errors import BadInput
 
 _TERM = re.compile(r"([+-]?)\s*([^+-]+)")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*\Z")
+LONGEST = 500  # characters of an expression
+MOST_DIGITS = 18
 _ASSUMED = 64  # what a symbol is taken to be where unknown sizes have to be put in an order
 
 
@@ -35,8 +38,8 @@ class Size:
         if isinstance(value, Size):
             return value
         if isinstance(value, bool) or not isinstance(value, int | str):
-            raise BadInput(f"not a size: {value!r}; write a number, a symbol or a sum of products, as 2*d_ff")
-        found = Size._collect([((), value)] if isinstance(value, int) else _parse_terms(value))
+            raise BadInput(f"not a size: {value!r:.80}; write a number, a symbol or a sum of products, as 2*d_ff")
+        found = _number(value) if isinstance(value, int) else Size._collect(_parse_terms(value))
         if found.known is not None and found.known < 0:
             raise BadInput(f"a size cannot be negative: {value}")
         return found
@@ -56,15 +59,19 @@ class Size:
         return hash(self.json())
 
     def __add__(self, other: Size) -> Size:
+        if (a := self.known) is not None and (b := other.known) is not None:
+            return _number(a + b)
         return Size._collect([*self.terms, *other.terms])
 
     def __sub__(self, other: Size) -> Size:
+        if (a := self.known) is not None and (b := other.known) is not None:
+            return _number(a - b)
         return Size._collect([*self.terms, *((m, -c) for m, c in other.terms)])
 
     def __mul__(self, other: Size) -> Size:
         return Size._collect((tuple(sorted((*m, *n))), c * d) for m, c in self.terms for n, d in other.terms)
 
-    @property
+    @cached_property
     def known(self) -> int | None:
         """The number, or None while a symbol is left."""
         if not self.terms:
@@ -80,11 +87,11 @@ class Size:
             product = Size((((), coefficient),))
             for symbol in monomial:
                 value = constants.get(symbol)
-                known = isinstance(value, int) and not isinstance(value, bool)
-                if known and value < 0:  # type: ignore[operator]
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                    raise BadInput(f"a size must be a whole number: {symbol} = {value!r:.80}")
+                if value is not None and value < 0:
                     raise BadInput(f"a size cannot be negative: {symbol} = {value}")
-                factor = Size._collect([((), value)]) if known else Size((((symbol,), 1),))  # type: ignore[list-item]
-                product = product * factor
+                product = product * (Size((((symbol,), 1),)) if value is None else _number(value))
             total = total + product
         return total
 
@@ -94,6 +101,8 @@ class Size:
 
     def at_most(self, other: Size) -> bool | None:
         """Whether self <= other for all values of the symbols; None if that depends on them."""
+        if (a := self.known) is not None and (b := other.known) is not None:
+            return a <= b
         difference = (other - self).terms
         least = sum(c for _, c in difference)  # every symbol at its least value, one
         if all(c >= 0 for m, c in difference if m) and least >= 0:
@@ -132,21 +141,26 @@ class Size:
         return text
 
 
+@lru_cache(maxsize=1024)
+def _number(value: int) -> Size:
+    return Size((((), value),) if value else ())
+
+
 def _parse_terms(text: str) -> list[tuple[tuple[str, ...], int]]:
     stripped = text.strip()
-    matches = _TERM.findall(stripped)
+    matches = _TERM.findall(stripped) if len(stripped) <= LONGEST else []
     if not stripped or "".join(s + t for s, t in matches).replace(" ", "") != stripped.replace(" ", ""):
-        raise BadInput(f"not a size: {text!r}; write a number, a symbol or a sum of products, as 2*d_ff")
+        raise BadInput(f"not a size: {text!r:.80}; write a number, a symbol or a sum of products, as 2*d_ff")
     pairs = []
     for sign, product in matches:
         coefficient, symbols = (-1 if sign == "-" else 1), []
         for factor in (part.strip() for part in product.split("*")):
-            if factor.isdecimal():
+            if factor.isdecimal() and len(factor) <= MOST_DIGITS:
                 coefficient *= int(factor)
             elif _SYMBOL.match(factor):
                 symbols.append(factor)
             else:
-                raise BadInput(f"not a size: {text!r} (at {factor!r}); allowed are numbers, names, * + -")
+                raise BadInput(f"not a size: {text!r:.80} (at {factor!r:.80}); allowed are numbers, names, * + -")
         pairs.append((tuple(sorted(symbols)), coefficient))
     return pairs
 

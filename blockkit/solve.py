@@ -12,15 +12,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .analysis.window import Window
+from .custom import Custom
 from .errors import ConditionViolated
 from .graph import Graph, Node
+from .joint_solve import solve_joint
 from .laws import Action
 from .ops import LEAK, Activation, Add, Multiply, RMSNorm, Scale, Slice
 from .overlay import Change, MatrixChange, VectorChange
-from .planner import Step
+from .route import Link, Step
+from .sizes import Size
 from .sphere import closest_unit_rms
 
 Rows = np.ndarray  # [tokens, width], float64
+NOWHERE = np.zeros(0, int)
 STEADY = 8.0  # how far a steered direction outweighs what the norm read before: damps rounding by as much
 
 
@@ -44,9 +49,9 @@ class Operands:
 def reads(step: Step, graph: Graph) -> frozenset[str]:
     """The node values (and the input) that `solve_step` wants from the reduced run."""
     names = {step.goal}
-    for link in step.path:
-        node = graph.node[link.node]
-        names.add(link.node)
+    for name in step.region or tuple(link.node for link in step.path):
+        node = graph.node[name]
+        names.add(name)
         names.update(a for a in node.args if a not in graph.parameter)
     return frozenset(names)
 
@@ -61,16 +66,37 @@ def solve_step(step: Step, graph: Graph, run: Operands, per_token: bool) -> Chan
     """The change of `step.parameter` that gives `step.goal` its contextual value.
 
     Raises:
-        ConditionViolated: a value condition of a law does not hold.
+        ConditionViolated: a value condition of a law does not hold, or the runs have values that are no numbers.
     """
+    _finite(step, graph, run)
+    try:
+        return _solved(step, graph, run, per_token)
+    except np.linalg.LinAlgError as error:
+        what = f"its equations have no solution in float64 ({error})"
+        raise _violation(step, step.goal, what, NOWHERE, 0.0) from None
+
+
+def _finite(step: Step, graph: Graph, run: Operands) -> None:
+    """Refuses values that are not finite: the block itself has no value there."""
+    for values, names in ((run.contextual, asks(step, graph)), (run.reduced, reads(step, graph))):
+        for name in sorted(names, key=lambda n: graph.index.get(n, -1)):
+            where = np.flatnonzero(~np.isfinite(values[name]).all(axis=0))
+            if where.size:
+                raise _violation(step, name, "the block's own values are not finite there", where, float("nan"))
+
+
+def _solved(step: Step, graph: Graph, run: Operands, per_token: bool) -> Change:
     pull = _Pull(step, graph, run)
+    if step.region:
+        return _joint(step, graph, pull, per_token)
     for link, below in zip(step.path[:-1], step.path[1:], strict=True):
-        pull.through(link.node, link.position, link.law.action, below.law.action)
+        pull.through(link, below.law.action)
     last = graph.node[step.path[-1].node]
     if step.law.action is Action.WEIGHT:
         wanted = pull.flush(last.name)
-        return _weight_change(step, last, pull.value(last.args[0]), wanted, per_token)
-    pull.through(last.name, step.path[-1].position, step.law.action, None)
+        read = pull.value(last.args[0])
+        return _weight_change(step, last, read if step.block is None else _most_active(read, step), wanted, per_token)
+    pull.through(step.last, None)
     delta = pull.flush(last.name)
     return VectorChange(delta if per_token else _common(step, last, delta), per_token)
 
@@ -81,7 +107,7 @@ def rounding(step: Step, graph: Graph, target: Rows, reduced: Mapping[str, Rows]
     A target that is a sum carries the rounding of all its terms. `[tokens, width]`.
     """
     size = np.abs(target)
-    for link in step.path:
+    for link in () if step.region else step.path:
         node = graph.node[link.node]
         if not isinstance(node.op, Add):
             break
@@ -108,8 +134,9 @@ class _Pull:
             return np.broadcast_to(self.run.stored(name), (rows, *self.run.stored(name).shape))
         return self.run.reduced[name]
 
-    def through(self, name: str, position: int, action: Action, below: Action | None) -> None:
-        """Moves the residual from the result of a node to its argument at `position`."""
+    def through(self, link: Link, below: Action | None) -> None:
+        """Moves the residual from the result of the link's node to its argument."""
+        name, position, action = link.node, link.position, link.law.action
         node = self.graph.node[name]
         match action:
             case Action.SHIFT:
@@ -127,12 +154,15 @@ class _Pull:
                 self.matrix = weight if plain else self._folded() @ weight
                 self.diagonal = 1.0
             case Action.PLACE:
-                self._place(node)
+                self._place(node, position)
             case Action.INVERT if isinstance(node.op, Activation):
                 wanted = self.value(name) + self.flush(name)
                 argument = self.value(node.args[0])
                 inverse = np.where(wanted < 0, wanted / LEAK, wanted) if node.op.fn == "leaky_relu" else wanted
                 self.residual = inverse - argument
+                self._pick(link.window)
+            case Action.INVERT if isinstance(node.op, Custom):
+                self._declared(node, node.op, position)
             case Action.DIRECTION:
                 return  # done together with the scale above it
             case _:
@@ -145,13 +175,35 @@ class _Pull:
             return matrix * self.diagonal
         return np.asarray(matrix * self.diagonal[:, None, :])
 
-    def _place(self, node: Node) -> None:
-        """Through a slice: the rest of the argument stays as it is."""
-        self.residual = self.flush(node.name)
+    def _place(self, node: Node, position: int) -> None:
+        """Through a slice, or one part of a concatenation: columns of the collected map, or zeros beside them."""
+        folded = self._folded()
         if isinstance(node.op, Slice):
-            whole = np.zeros((len(self.residual), self.value(node.args[0]).shape[1]))
-            whole[:, node.op.start.known : node.op.stop.known] = self.residual
-            self.residual = whole
+            placed = np.zeros((*folded.shape[:-1], self.value(node.args[0]).shape[1]))
+            placed[..., node.op.start.known : node.op.stop.known] = folded
+        else:
+            first = sum(self.value(a).shape[1] for a in node.args[:position])
+            placed = folded[..., first : first + self.value(node.args[position]).shape[1]]
+        self.matrix, self.diagonal = placed, 1.0
+
+    def _pick(self, window: Window | None) -> None:
+        """Leaves only the coordinates that the target reaches, after an inverse has given definite numbers."""
+        width = self.residual.shape[1]
+        if window is not None and window != Window.whole(Size.of(width)):
+            kept = slice(window.start.known, window.stop.known)
+            self.residual, self.matrix = self.residual[:, kept], np.eye(width)[kept]
+
+    def _declared(self, node: Node, op: Custom, position: int) -> None:
+        """Through an operation of a user's own, by the law declared for it."""
+        residual, argument = self.flush(node.name), self.value(node.args[position])
+        args = [self.run.stored(a) if len(self.graph.shapes[a]) == 2 else self.value(a) for a in node.args]
+        solved = op.solve(position, self.value(node.name) + residual, args)
+        solved = np.where(residual.any(axis=1, keepdims=True), solved, argument)  # nothing is asked of these rows
+        if not np.isfinite(solved).all():
+            where = np.flatnonzero(~np.isfinite(solved).all(axis=0))
+            what = f"the law of {op.kind} gives no finite {node.args[position]}"
+            raise self._violated(node.name, what, where, float(np.abs(residual).max()))
+        self.residual = solved - argument
 
     def _turn(self, node: Node, position: int) -> None:
         """Through scale and norm at once: the unit-RMS direction closest to the target (see `sphere`)."""
@@ -215,6 +267,34 @@ def _violation(step: Step, node: str, what: str, where: np.ndarray, size: float)
     return ConditionViolated(message, node=node, parameter=step.parameter, coordinates=shown, size=size)
 
 
+def _joint(step: Step, graph: Graph, pull: _Pull, per_token: bool) -> Change:
+    """A parameter with several ways to the goal; see `blockkit.joint_solve`."""
+    found = solve_joint(step, graph, pull.residual, pull.value, per_token)
+    if isinstance(found, np.ndarray):
+        size = np.abs(found).max(axis=0)
+        where = np.flatnonzero(size > 1e-6 * size.max())
+        raise _violation(step, step.goal, "what it is multiplied by does not add up to full rank", where, size.max())
+    if isinstance(found, VectorChange) and not per_token:
+        return VectorChange(_common(step, graph.node[step.goal], found.delta))
+    return found
+
+
+def _most_active(z: Rows, step: Step) -> Rows:
+    """What stacked experts read, `[tokens, experts*width]`, with all but the most active expert's part left out."""
+    width = step.block.known if step.block is not None and step.block.known else z.shape[1]
+    parts = z.reshape(len(z), -1, width)
+    best = np.argmax(np.sum(_by_largest(z)[0].reshape(parts.shape) ** 2, axis=2), axis=1)
+    kept = np.zeros_like(parts)
+    kept[np.arange(len(z)), best] = parts[np.arange(len(z)), best]
+    return kept.reshape(z.shape)
+
+
+def _by_largest(z: Rows) -> tuple[Rows, Rows]:
+    """Rows divided by their largest coordinate, and that `[tokens, 1]`: the square of a tiny number would be zero."""
+    largest = np.abs(z).max(axis=1, keepdims=True)
+    return np.divide(z, largest, out=np.zeros_like(z), where=largest > 0), largest
+
+
 def _weight_change(step: Step, node: Node, z: Rows, wanted: Rows, per_token: bool) -> MatrixChange:
     """Least-norm dW with dW z_t = wanted_t for every token t: rank-1 for one token, jointly for many."""
     moving = wanted.any(axis=1)
@@ -223,15 +303,18 @@ def _weight_change(step: Step, node: Node, z: Rows, wanted: Rows, per_token: boo
         size = float(np.abs(wanted[zero]).max())
         raise _violation(step, node.name, f"its input {node.args[0]!r} is exactly zero", np.zeros(0, int), size)
     if per_token or len(z) == 1:
-        squares = np.sum(z**2, axis=1, keepdims=True)
-        return MatrixChange(wanted, np.divide(z, squares, out=np.zeros_like(z), where=squares > 0), per_token)
+        unit, largest = _by_largest(z)
+        squares = np.sum(unit**2, axis=1, keepdims=True) * largest
+        return MatrixChange(wanted, np.divide(unit, squares, out=np.zeros_like(z), where=squares > 0), per_token)
     u, sizes, vt = np.linalg.svd(z, full_matrices=False)
     kept = sizes > sizes[0] * max(z.shape) * np.finfo(np.float64).eps
     left = (u[:, kept] / sizes[kept]).T @ wanted
     right = vt[kept]
     missed = np.abs(z @ right.T @ left - wanted)
-    if missed.max() > 1e-6 * np.abs(wanted).max():
-        where = np.flatnonzero(missed.max(axis=0) > 1e-6 * np.abs(wanted).max())
+    asked = np.abs(wanted).max(axis=1, keepdims=True)  # of each token: a small target is no less a target
+    allowed = 1e-6 * asked + 1e-12 * asked.max()
+    if np.any(missed > allowed):
+        where = np.flatnonzero((missed > allowed).any(axis=0))
         what = f"the {len(z)} tokens' inputs {node.args[0]!r} have rank {int(kept.sum())} only"
         raise _violation(step, node.name, what, where, float(missed.max()))
     return MatrixChange(left, right)

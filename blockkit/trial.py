@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .arrays import NumpyArrays
-from .errors import BadInput
+from .errors import BadInput, ConditionViolated
 from .evaluate import Mixer, evaluate
 from .graph import Graph, Node
 from .layout import Layout
+from .ops import Mix
 from .overlay import Change, MatrixChange, VectorChange, dense, plus
 from .plan import Plan
-from .planner import Step
+from .route import Step
 from .solve import Operands, solve_step
 
 EPS = 2.0**-53
@@ -28,12 +29,29 @@ Values = dict[str, np.ndarray]
 Changes = Mapping[str, Change]
 
 
+class Runs(Protocol):
+    """A block with numbers in its two runs: what a plan is solved on."""
+
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def parameters(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def tokens(self) -> int:
+        """How many tokens are served."""
+
+    def rows(
+        self, contextual: bool, wants: tuple[str, ...], parameters: Mapping[str, np.ndarray], served: slice
+    ) -> Values:
+        """Nodes of `wants` in an ordinary run with whole `parameters`, at some served tokens, `[rows, width]`."""
+
+
 @dataclass(frozen=True)
 class Mixing:
     """The stand-in for a mixing node: `sum_i M_i arg_i + offset`, over its signals.
 
     Attributes:
-        matrices: one `[width, width of the signal]` a signal, in the order of the arguments.
+        matrices: one `[width, width of the argument]` for each argument read, in their order.
         contextual, reduced: the offsets of the two runs, `[tokens, width]`.
     """
 
@@ -56,6 +74,20 @@ class Trial:
     parameters: Mapping[str, np.ndarray]
     input: np.ndarray
     mixing: Mapping[str, Mixing]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input)
+
+    def rows(
+        self, contextual: bool, wants: tuple[str, ...], parameters: Mapping[str, np.ndarray], served: slice
+    ) -> Values:
+        """See `Runs`."""
+        stream = self.input[served]
+        layout = Layout(np.arange(len(stream)), (len(stream),))
+        known = {self.graph.input: stream}
+        mixer = _mixer(self, contextual, served)
+        return evaluate(self.graph, NumpyArrays(), parameters, known, wants, layout, mixer=mixer)
 
 
 @dataclass(frozen=True)
@@ -87,12 +119,25 @@ def draw(graph: Graph, seed: int = 0, tokens: int = 1) -> Trial:
     """
     if tokens < 1:
         raise BadInput(f"a trial needs at least one token, got {tokens}")
-    widths = {name: tuple(_number(graph, name, s.known) for s in shape) for name, shape in graph.shapes.items()}
-    rng = np.random.default_rng(seed)
-    parameters = {p.name: rng.normal(size=widths[p.name]) / _spread(widths[p.name]) for p in graph.parameters}
+    widths, rng = numbers_of(graph), np.random.default_rng(seed)
+    parameters = random_parameters(graph, widths, rng)
     stream = rng.normal(size=(tokens, *widths[graph.input]))
     mixing = {n.name: _stand_in(graph, n, widths, rng, tokens) for n in graph.nodes if n.op.mixing}
     return Trial(graph, parameters, stream, mixing)
+
+
+def numbers_of(graph: Graph) -> dict[str, tuple[int, ...]]:
+    """Every shape of the graph in numbers.
+
+    Raises:
+        BadInput: one holds a symbol.
+    """
+    return {name: tuple(_number(graph, name, s.known) for s in shape) for name, shape in graph.shapes.items()}
+
+
+def random_parameters(graph: Graph, widths: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> Values:
+    """Vectors of order one, matrices of order 1 / sqrt(d_in)."""
+    return {p.name: rng.normal(size=widths[p.name]) / _spread(widths[p.name]) for p in graph.parameters}
 
 
 def _number(graph: Graph, name: str, size: int | None) -> int:
@@ -110,33 +155,28 @@ def _stand_in(
     graph: Graph, node: Node, widths: Mapping[str, tuple[int, ...]], rng: np.random.Generator, tokens: int
 ) -> Mixing:
     (width,) = widths[node.name]
-    read = [widths[a][0] for a in node.args if a not in graph.parameter]
+    read = [widths[a][0] for a in node.args if _read(graph, node, a)]
     matrices = tuple(rng.normal(size=(width, d_in)) / np.sqrt(d_in) for d_in in read)
     contextual, reduced = rng.normal(size=(2, tokens, width))
     return Mixing(matrices, contextual, reduced)
+
+
+def _read(graph: Graph, node: Node, arg: str) -> bool:
+    """Whether a stand-in reads the argument: any signal; a vector of parameters, where nothing else is known of it."""
+    return arg not in graph.parameter or (isinstance(node.op, Mix) and len(graph.shapes[arg]) == 1)
 
 
 def run(
     trial: Trial, contextual: bool, wants: tuple[str, ...], parameters: Mapping[str, np.ndarray] | None = None
 ) -> Values:
     """An ordinary run with whole parameters (by default the trial's): nodes of `wants`, `[tokens, width]`."""
-    return _rows(trial, contextual, wants, parameters or trial.parameters, slice(None))
-
-
-def _rows(
-    trial: Trial, contextual: bool, wants: tuple[str, ...], parameters: Mapping[str, np.ndarray], rows: slice
-) -> Values:
-    stream = trial.input[rows]
-    layout = Layout(np.arange(len(stream)), (len(stream),))
-    mixer = _mixer(trial, contextual, rows)
-    known = {trial.graph.input: stream}
-    return evaluate(trial.graph, NumpyArrays(), parameters, known, wants, layout, mixer=mixer)
+    return trial.rows(contextual, wants, parameters or trial.parameters, slice(None))
 
 
 def _mixer(trial: Trial, contextual: bool, rows: slice) -> Mixer:
     def mix(node: Node, args: list[Any], layout: Layout) -> np.ndarray:
         stand_in = trial.mixing[node.name]
-        signals = [value for a, value in zip(node.args, args, strict=True) if a not in trial.graph.parameter]
+        signals = [value for a, value in zip(node.args, args, strict=True) if _read(trial.graph, node, a)]
         offset = (stand_in.contextual if contextual else stand_in.reduced)[rows]
         total = offset + sum(u @ m.T for u, m in zip(signals, stand_in.matrices, strict=True))
         return np.asarray(total)
@@ -144,18 +184,22 @@ def _mixer(trial: Trial, contextual: bool, rows: slice) -> Mixer:
     return mix
 
 
-def solve(trial: Trial, plan: Plan, per_token: bool = False) -> Result:
+def solve(trial: Runs, plan: Plan, per_token: bool = False) -> Result:
     """Solves the plan's steps in order and runs the edited block.
 
     Args:
         per_token: every token gets changes of its own, in place of one static change for all.
 
     Raises:
-        ConditionViolated: a value condition of a law does not hold.
+        ConditionViolated: a value condition of a law does not hold, or the block itself has no finite value.
     """
     graph, steps = trial.graph, plan.route.steps
     every = (graph.input, *graph.node)
-    contextual = run(trial, True, every)
+    contextual = trial.rows(True, every, trial.parameters, slice(None))
+    unpatched = trial.rows(False, (graph.output,), trial.parameters, slice(None))[graph.output]
+    if not (np.isfinite(contextual[graph.output]).all() and np.isfinite(unpatched).all()):
+        what = f"the block's own values at {graph.output!r} are not finite"
+        raise ConditionViolated(f"{what}: there is nothing to reproduce", node=graph.output, parameter="")
     changes: dict[str, Change] = {}
     for step in steps:
         changes[step.parameter] = _solved(trial, step, contextual, changes, per_token)
@@ -166,7 +210,6 @@ def solve(trial: Trial, plan: Plan, per_token: bool = False) -> Result:
         again = _edited(trial, better, (graph.output,), per_token)[graph.output]
         if np.abs(again - wanted).max() < np.abs(output - wanted).max():
             changes, output = better, again
-    unpatched = run(trial, False, (graph.output,))[graph.output]
     return Result(
         relative_linf(output, wanted),
         relative_linf(unpatched, wanted),
@@ -183,7 +226,7 @@ def relative_linf(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max()) / (size or 1.0)
 
 
-def _solved(trial: Trial, step: Step, contextual: Values, changes: Changes, per_token: bool) -> Change:
+def _solved(trial: Runs, step: Step, contextual: Values, changes: Changes, per_token: bool) -> Change:
     """The step's whole change: what it was so far, plus what the edited block's actual values still ask for."""
     actual = _edited(trial, changes, (trial.graph.input, *trial.graph.node), per_token)
     merged = {} if per_token else _merged(trial, changes)  # no path reads a parameter that has moved before
@@ -195,23 +238,23 @@ def _solved(trial: Trial, step: Step, contextual: Values, changes: Changes, per_
     return plus(changes.get(step.parameter), change)
 
 
-def _edited(trial: Trial, changes: Changes, wants: tuple[str, ...], per_token: bool) -> Values:
+def _edited(trial: Runs, changes: Changes, wants: tuple[str, ...], per_token: bool) -> Values:
     """The edited block's reduced run, with merged parameters; tokens with changes of their own run alone."""
     if not per_token:
-        return run(trial, False, wants, _merged(trial, changes))
-    tokens = range(len(trial.input))
-    alone = [_rows(trial, False, wants, _merged(trial, _of_token(changes, t)), slice(t, t + 1)) for t in tokens]
+        return trial.rows(False, wants, _merged(trial, changes), slice(None))
+    tokens = range(trial.tokens)
+    alone = [trial.rows(False, wants, _merged(trial, _of_token(changes, t)), slice(t, t + 1)) for t in tokens]
     return {name: np.concatenate([values[name] for values in alone]) for name in wants}
 
 
-def _merged(trial: Trial, changes: Changes) -> Values:
+def _merged(trial: Runs, changes: Changes) -> Values:
     """All parameters, with static changes merged into them."""
     return {n: dense(v, changes[n]) if n in changes else v for n, v in trial.parameters.items()}
 
 
-def _stacked(trial: Trial, changes: Changes) -> Values:
+def _stacked(trial: Runs, changes: Changes) -> Values:
     """All parameters, the changed ones once for each token: `[tokens, ...]`."""
-    alone = [_merged(trial, _of_token(changes, t)) for t in range(len(trial.input))]
+    alone = [_merged(trial, _of_token(changes, t)) for t in range(trial.tokens)]
     return {n: np.stack([a[n] for a in alone]) if n in changes else v for n, v in trial.parameters.items()}
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from .graph import Graph
 from .laws import Kind
-from .planner import Obstruction, Planner, Route
+from .planner import Planner
 from .refutation import Refutation
+from .route import Obstruction, Route
 from .sizes import Capacity
 
 
@@ -49,14 +50,17 @@ def judge(graph: Graph, tokens: int | None = None) -> Verdict:
     Three answers. *Yes*: for every context, outside conditions that fail on a set of measure zero.
     *No*: for some context no values of the free parameters do. *Unknown* (None): neither was derived.
     """
-    if graph.output not in graph.contextual:
-        return Verdict(True, Capacity(), (Route((), "the output does not depend on the context"),), ())
     planner = Planner(graph)
+    if planner.nothing_to_do and not planner.facts.undefined:
+        return Verdict(True, Capacity(), (Route((), "the output does not depend on the context"),), ())
     found = routes_of(planner)
     routes = tuple(r for r in found if tokens is None or r.capacity.serves(tokens) is not False)
     sure = [r for r in routes if not r.conditional and (tokens is None or r.capacity.serves(tokens))]
     best = max(sure or routes, key=lambda r: r.capacity.estimate(), default=None)
     capacity = best.capacity if best else Capacity.of(0)
+    if planner.facts.undefined:
+        reason = "it has no epsilon, and reads what is zero for whole regions of contexts: the block has no value there"
+        return Verdict(None, capacity, routes, tuple(Obstruction(n, reason) for n in planner.facts.undefined))
     if sure:
         return Verdict(True, capacity, routes, ())
     patchable = False if Refutation(graph).holds(tokens) else None
@@ -78,7 +82,7 @@ def _reasons(planner: Planner, found: list[Route], tokens: int | None) -> tuple[
         names = ", ".join(route.parameters)
         if tokens is not None and not route.capacity.serves(tokens):
             text = f"{names}: one static value serves {route.capacity} token(s), {tokens} are asked for"
-            reasons.append(Obstruction(route.steps[-1].path[-1].node, text))
+            reasons.append(Obstruction(route.steps[-1].last.node, text))
             continue
         for condition in route.conditions:
             if condition.kind is Kind.OPEN:
@@ -86,7 +90,7 @@ def _reasons(planner: Planner, found: list[Route], tokens: int | None) -> tuple[
                 reasons.append(Obstruction(condition.node, text))
             elif condition.kind is Kind.SIZE:
                 reasons.append(Obstruction(condition.node, f"{names}: needs {condition.text}; give the sizes"))
-    noted = [*planner.obstructions.values(), *planner.held_back()]
+    noted = [*planner.obstructions, *planner.held_back()]
     mixing = [
         Obstruction(
             n.name, f"{n.name} ({n.op.kind}) looks at other tokens: what it brings in cannot be undone inside it"

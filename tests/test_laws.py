@@ -32,8 +32,10 @@ from blockkit.ops import (
     Softmax,
 )
 from blockkit.overlay import Change, dense, plus
-from blockkit.planner import Planner, Route, Step
+from blockkit.plan import make_plan
+from blockkit.planner import Planner
 from blockkit.reach import Reach
+from blockkit.route import Route, Step
 from blockkit.sizes import Size
 from blockkit.solve import Operands, solve_step
 from blockkit.sphere import closest_unit_rms
@@ -238,6 +240,8 @@ def normed_block(offset: float, norm_first: bool, seed: int) -> tuple[trial.Tria
 
 PARTIAL: dict[str, tuple[Op, Callable[[np.ndarray], bool]]] = {
     "relu": (Activation("relu"), lambda y: bool((y >= 0).all())),
+    "relu2": (Activation("relu2"), lambda y: bool((y >= 0).all())),
+    "quick_gelu": (Activation("quick_gelu"), lambda y: bool((y >= -0.18).all())),
     "gelu": (Activation("gelu"), lambda y: bool((y >= -0.18).all())),
     "gelu_tanh": (Activation("gelu_tanh"), lambda y: bool((y >= -0.18).all())),
     "silu": (Activation("silu"), lambda y: bool((y >= -0.279).all())),
@@ -261,7 +265,7 @@ def test_a_law_with_a_limit_names_it_and_is_on_no_route(kind: str) -> None:
     bounded = builder.add(op, 4, LEAVES["bias"](builder, 4))
     planner = Planner(builder.finish(bounded))
     assert list(planner.steer(planner.graph.output)) == []
-    assert any(law.limit in o.reason and o.node == bounded for o in planner.obstructions.values())
+    assert any(law.limit in o.reason and o.node == bounded for o in planner.obstructions)
     drawn = trial.draw(planner.graph, 3, tokens=50)
     parameters = {**drawn.parameters, "leaf": 10 * drawn.parameters["leaf"]}
     assert keeps(values_of(drawn, parameters)[bounded])
@@ -272,21 +276,50 @@ def test_every_function_is_bijective_or_limited() -> None:
     assert all(f.bijective or f.limit for f in FUNCTIONS.values())
 
 
+def by_p_alone(nodes: dict[str, tuple[Op, str]], width: int, **shapes: tuple[int, ...]) -> Planner:
+    """A graph over a mixing node m in which only p may move."""
+    parameters = [Parameter(n, tuple(map(Size.of, shape)), frozen=n != "p") for n, shape in shapes.items()]
+    listed = [Node("m", Mix(), ("x",)), *(Node(n, op, tuple(args.split())) for n, (op, args) in nodes.items())]
+    return Planner(Graph.build("x", "y", Size.of(width), parameters, listed))
+
+
 def test_a_tall_matrix_reaches_a_subspace_only() -> None:
-    law = MatMul().law(0, [Argument((Size.of(3),), False), Argument((Size.of(5), Size.of(3)), True)])
-    assert law.reach is Reach.PROPER
-    assert "5 rows and only 3 columns" in law.limit
+    planner = by_p_alone({"h": (MatMul(), "x V"), "b": (Add(), "h p"), "u": (MatMul(), "b W"), "y": (Add(), "u m")},
+                         5, V=(3, 5), p=(3,), W=(5, 3))  # fmt: skip
+    assert planner.single_routes() == []
+    assert any("5 rows and only 3 columns" in o.reason for o in planner.obstructions)
+
+
+def test_a_tall_matrix_before_a_wide_one_is_no_obstacle() -> None:
+    """What counts is the narrowest place of the whole way."""
+    way = {"g": (Multiply(), "x p"), "h": (MatMul(), "g V"), "u": (MatMul(), "h W"), "y": (Add(), "u m")}
+    planner = by_p_alone(way, 4, p=(4,), V=(7, 4), W=(4, 7))
+    (route,) = planner.single_routes()
+    plan = replace(make_plan(planner.graph, "minimal"), route=route)
+    assert trial.solve(trial.draw(planner.graph, 1), plan).relative_linf < 1e-9
 
 
 def test_scaling_by_zero_has_no_law() -> None:
     assert Scale(0.0).law(0, [Argument((Size.of(4),), False)]) is None
 
 
+CONCATENATED = {"g": (Multiply(), "m p"), "c": (Concat(), "m g")}
+
+
 def test_one_part_of_a_concatenation_does_not_reach_the_whole() -> None:
-    part = Argument((Size.of(2),), False)
-    law = Concat().law(1, [part, part])
-    assert law is not None
-    assert law.reach is Reach.PROPER
+    outside = {**CONCATENATED, "y": (Slice(Size.of(2), Size.of(6)), "c")}
+    planner = by_p_alone(outside, 4, p=(4,))
+    assert planner.single_routes() == []
+    assert any("leaves the others as they are" in o.reason for o in planner.obstructions)
+
+
+@pytest.mark.parametrize("end", [(Slice(Size.of(4), Size.of(8)), "c"), (MatMul(), "c W")], ids=["slice", "wide matrix"])
+def test_one_part_reaches_what_is_asked_of_it_alone(end: tuple[Op, str]) -> None:
+    shapes = {"W": (4, 8)} if "W" in end[1] else {}
+    planner = by_p_alone({**CONCATENATED, "y": end}, 4, p=(4,), **shapes)
+    plan = make_plan(planner.graph, "minimal")
+    result = trial.solve(trial.draw(planner.graph, 1), plan)
+    assert result.relative_linf < 1e-9 < 1e-3 < result.unpatched_relative
 
 
 def test_a_mixing_node_has_no_law() -> None:
@@ -450,8 +483,8 @@ WRONG: dict[str, tuple[str, list[str], Callable[[pytest.MonkeyPatch], None]]] = 
     "wrong leak": ("bias", ["leaky_relu"], lambda m: m.setattr(solving, "LEAK", 0.5)),
     "slice forgotten": (
         "bias", ["slice"],
-        lambda m: m.setattr(solving._Pull, "_place", lambda self, node: setattr(
-            self, "residual", np.pad(self.flush(node.name), ((0, 0), (0, 2))))),
+        lambda m: m.setattr(solving._Pull, "_place", lambda self, node, position: setattr(
+            self, "matrix", np.pad(self._folded(), ((0, 0), (0, 2))))),
     ),
     "matrix transposed": (
         "bias", ["matmul square"],

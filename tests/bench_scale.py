@@ -1,0 +1,54 @@
+"""How the time of an answer grows with the size of the graph.
+
+    python tests/bench_scale.py [--write]      (or: make scale)
+
+For five shapes of graphs (`scale.py`), from 10 to 100,000 nodes: seconds of processor time for `check` (which, for a
+no, also looks for the smallest change) and for `plan`, in one process. `--write` puts the table into the README.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from scale import SHAPES, seconds
+
+COUNTS = (10, 100, 1_000, 10_000, 100_000)
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- scale: make scale -->", "<!-- end of scale -->"
+
+
+def table() -> str:
+    """One row for each number of nodes, with the slowest shape's figures."""
+    rows = [
+        "| nodes | check, slowest shape | plan, slowest shape | both, per node, over the shapes |",
+        "|---|---|---|---|",
+    ]
+    for count in COUNTS:
+        found = [measured(name, count) for name in SHAPES]
+        checked, planned = (max(times) for times in zip(*((c, p) for c, p, _ in found), strict=True))
+        each = [1e6 * (c + p) / nodes for c, p, nodes in found]
+        rows.append(f"| {count:,} | {checked:.2g} s | {planned:.2g} s | {min(each):.0f} to {max(each):.0f} µs |")
+    return "\n".join(rows)
+
+
+def measured(name: str, count: int) -> tuple[float, float, int]:
+    graph = SHAPES[name](count)
+    checked, planned = (min(t) for t in zip(*(seconds(graph) for _ in range(repeats(count))), strict=True))
+    print(
+        f"{name}, {len(graph.nodes):,} nodes: check {checked:.3g} s, plan {planned:.3g} s", file=sys.stderr, flush=True
+    )
+    return checked, planned, len(graph.nodes)
+
+
+def repeats(count: int) -> int:
+    return 3 if count <= 1_000 else 1
+
+
+if __name__ == "__main__":
+    found = table()
+    print(found)
+    if "--write" in sys.argv:
+        before, _, rest = README.read_text(encoding="utf-8").partition(START)
+        after = rest.partition(END)[2]
+        README.write_text(f"{before}{START}\n\n{found}\n\n{END}{after}", encoding="utf-8")
