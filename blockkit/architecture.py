@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from .components import Component, Number, Stream, inputs_of, lower, with_inputs
+from .documents import Place, placed
 from .errors import BadInput
-from .graph import Graph, suggest
+from .graph import Graph, listed, suggest
 from .sizes import Size
 
 
@@ -36,6 +37,7 @@ class Block:
     input: str = "x"
     tied: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    place: Place | None = field(default=None, compare=False, repr=False)  # where it is written, for messages
 
     def __post_init__(self) -> None:
         if isinstance(self.output, Component):
@@ -52,7 +54,12 @@ class Block:
             BadInput: names, widths or globs that do not fit.
         """
         known = constants or {}
-        plain = lower(self.nodes, self.input, self.output, Size.of(self.width).bind(known), known)
+        try:
+            plain = lower(self.nodes, self.input, self.output, Size.of(self.width).bind(known), known)
+        except BadInput as error:
+            if self.place is None:
+                raise
+            raise placed(error, self.place, self.place.at("nodes", self.place.node["nodes"])) from None
         names = [p.name for p in plain.parameters]
         tied, frozen = (_matching(names, globs) for globs in (self.tied, self.frozen))
         stored = tuple(replace(p, tied=p.name in tied, frozen=p.name in frozen) for p in plain.parameters)
@@ -62,7 +69,7 @@ class Block:
 def _matching(names: list[str], globs: tuple[str, ...]) -> frozenset[str]:
     for glob in globs:
         if not any(fnmatchcase(n, glob) for n in names):
-            raise BadInput(f"{glob!r} matches no parameter; there are {', '.join(names) or 'none'}")
+            raise BadInput(f"{glob!r:.80} matches no parameter; there are {listed(names)}")
     return frozenset(n for n in names if any(fnmatchcase(n, g) for g in globs))
 
 
@@ -128,10 +135,18 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Head:
-    """The residual stream to logits: by the embedding's own matrix if `tied`, soft-capped if asked."""
+    """The residual stream to logits: by the embedding's own matrix if `tied`.
+
+    Attributes:
+        bias: a learned shift of the logits.
+        scale: the logits are multiplied by it.
+        softcap: the logits are capped to softcap * tanh(logits / softcap), at the end.
+    """
 
     tied: bool | str = True
     softcap: Number | None = None
+    bias: bool = False
+    scale: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,9 @@ class Architecture:
     `head`, to run it.
 
     Attributes:
+        stem: what is done to the embedded tokens before the first block; None for nothing.
         constants: numbers for the symbols used in sizes and settings.
+        components: the composites that the blocks use, as they are written (see `blockkit.vocabulary`).
         context_length: the longest sequence the model was made for.
     """
 
@@ -163,6 +180,8 @@ class Architecture:
     constants: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     note: str = ""
+    stem: Block | None = None
+    components: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -170,6 +189,8 @@ class Architecture:
         for kind in self.layers.pattern if self.layers else ():
             if kind not in self.blocks:
                 raise BadInput(f"layers: {kind!r} is not one of the blocks{suggest(kind, self.blocks)}")
+        if self.layers and (not self.layers.pattern or self.depth == 0):
+            raise BadInput("layers: the pattern and the count must be at least 1 long")
 
     def number(self, value: Number | None) -> float | None:
         """A setting, with its constant looked up; None if it is unset or has no number."""
@@ -196,6 +217,11 @@ class Architecture:
         if self.layers is None:
             raise BadInput(f"{self.name} does not say which block stands in which layer (give `layers`)")
         return self.layers.pattern[layer % len(self.layers.pattern)]
+
+    def with_used_blocks(self) -> Architecture:
+        """The same model without the kinds of blocks that stand in no layer."""
+        used = self.layers.pattern if self.layers else tuple(self.blocks)
+        return replace(self, blocks={kind: block for kind, block in self.blocks.items() if kind in used})
 
     @property
     def tied(self) -> bool:

@@ -1,15 +1,39 @@
 """Models on disk: a Hugging Face configuration as an architecture, its tensors as parameter slots.
 
-Everything that is particular to a family (names, orientation, which settings are supported) stands
-in the `checkpoint` section of its catalogue entry; this file only follows it.
+Everything that is particular to a family stands in the `checkpoint` section of its catalogue entry; this
+file, `configuration.py` and `tensor_rules.py` only follow it. The section's keys:
+
+    model_type: falcon                  # of config.json
+    requires: {hidden_act: [silu]}      # KEY: allowed values (null: absent; "= formula" of constants); else refused
+    constants: {d_ff: [n_inner, = 4 * d_model]}        # numbers for the architecture's symbols, in this order
+    settings: {blocks.*.nodes.attention.bias: attention_bias}
+                                        # PATH: VALUE, put in the `architecture` section; `*` is any key
+    cases:                              # where `when` holds (KEY: value or values), more rules of the other kinds,
+      - when: {parallel: false}         # which take the place of those above
+        settings: {layers.pattern: {value: [sequential]}}
+    layer_types: {key: layer_types, full_attention: global}     # block by what the configuration lists for a layer
+    prefixes: ["", "transformer."]      # before every tensor but the head's: the one that fits
+    ignored: [h.*.attn.bias]            # tensors that are no parameters
+    tensors: {SLOT: TENSOR}             # for every parameter slot; `*` is the layer
+
+A VALUE is a key of config.json (`a.b` reaches into a section), `= formula` of the constants so far (see
+`formula.py`), `{key: hidden_act, map: activations}` (or a map written out), or `{value: anything}`; or a list
+of them: the first that gives anything. Constants must be found; a setting that is not stays as it was.
+
+A TENSOR is a name, for a tensor in the kit's orientation (`[d_out, d_in]` or `[width]`), or says more:
+
+    {tensor: c_attn.weight, transpose: true}           # stored [d_in, d_out]; or a list, the order of its axes
+    {tensor: qkv.weight, shape: [heads, 3, head_dim, d_model], take: {1: 0}}
+                                        # reshaped, then taken of each AXIS an index or [start, stop]; formulas
+    {stack: experts.#.w1.weight, count: experts, axis: 0}       # one tensor each (`#`), joined along a slot's axis
+
+in the order shape, take, transpose, and then reshaped to the slot. A list of them is tried in order (names
+differ between releases): the first whose tensors are there. Many slots may lie in one tensor.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,10 +43,16 @@ from typing import Any
 
 import numpy as np
 
-from . import catalog
-from .architecture import Architecture, Layers
+from .architecture import Architecture
+from .configuration import from_config
+from .documents import read_document
 from .errors import BadInput
+from .tensor_rules import Part, part_of
 from .weights.folder import CheckpointFolder, open_folder
+
+__all__ = ["Model", "architecture_from_config", "from_config", "open_model", "slots", "stored_name"]
+
+OUTSIDE = ("head", "head_bias")  # slots whose tensors stand outside the prefix
 
 
 def slots(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -47,10 +77,13 @@ def slots(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
             if name not in seen:
                 seen.add(name)
                 yield name, _numbers(name, p.shape)
-    for p in architecture.graph_of(architecture.final).parameters:
-        yield f"final.{p.name}", _numbers(p.name, p.shape)
+    for name, block in (("stem", architecture.stem), ("final", architecture.final)):
+        for p in architecture.graph_of(block).parameters if block else ():
+            yield f"{name}.{p.name}", _numbers(p.name, p.shape)
     if not architecture.tied:
         yield "head", _numbers("head", (vocabulary, width))
+    if architecture.head is not None and architecture.head.bias:
+        yield "head_bias", _numbers("head_bias", (vocabulary,))
 
 
 def stored_name(architecture: Architecture, layer: int, parameter: str) -> str:
@@ -76,24 +109,17 @@ class Model:
     conventions: Mapping[str, Any]
 
     @cached_property
-    def tensors(self) -> Mapping[str, tuple[str, bool]]:
-        """For each parameter slot, its tensor and whether that is stored transposed ([in, out]).
+    def parts(self) -> Mapping[str, Part]:
+        """For each parameter slot, where its values lie.
 
         Raises:
             BadInput: tensors are missing, misshapen or unknown; all of them are named.
         """
-        prefix, found, faults = self._prefix(), {}, []
-        for name, shape in slots(self.architecture):
-            tensor, transposed = self._tensor_name(name, prefix)
-            found[name] = (tensor, transposed)
-            stored = self.folder.shapes.get(tensor)
-            wanted = tuple(reversed(shape)) if transposed else shape
-            if stored is None:
-                faults.append(f"{tensor} is missing")
-            elif tuple(stored) != wanted:
-                faults.append(f"{tensor} has shape {list(stored)}, expected {list(wanted)}")
+        prefix = self._prefix()
+        found = {name: self._part(name, shape, prefix) for name, shape in slots(self.architecture)}
+        faults = list(dict.fromkeys(f for p in found.values() if (f := p.fault(self.folder.shapes))))
         ignored = [prefix + p for p in self.conventions.get("ignored", [])] + ["lm_head.weight"]
-        used = {t for t, _ in found.values()}
+        used = {tensor for part in found.values() for tensor in part.tensors}
         for tensor in self.folder.shapes:
             if tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
                 faults.append(f"{tensor} is not part of {self.architecture.name}")
@@ -104,35 +130,41 @@ class Model:
 
     def _prefix(self) -> str:
         """The prefix under which most of the slots' tensors are there."""
-        names = [name for name, _ in slots(self.architecture)]
+        wanted, there = list(slots(self.architecture)), self.folder.shapes
 
         def found(prefix: str) -> int:
-            return sum(self._tensor_name(name, prefix)[0] in self.folder.shapes for name in names)
+            return sum(all(t in there for t in self._part(*slot, prefix).tensors) for slot in wanted)
 
         return max(map(str, self.conventions.get("prefixes", [""])), key=found)
 
-    def _tensor_name(self, slot: str, prefix: str) -> tuple[str, bool]:
+    def _part(self, slot: str, shape: tuple[int, ...], prefix: str) -> Part:
+        """The first of the slot's rules whose tensors are there; if none is, the first."""
         parts = slot.split(".")
         layer = parts[1] if parts[0] == "layers" else ""
         pattern = ".".join(["layers", "*", *parts[2:]]) if layer else slot
-        entry = self.conventions["tensors"].get(pattern)
-        if entry is None:
+        rules = self.conventions["tensors"].get(pattern)
+        if rules is None:
             raise BadInput(f"{self.architecture.name}: no tensor is known for the parameter {slot}")
-        tensor = entry if isinstance(entry, str) else entry["tensor"]
-        transposed = not isinstance(entry, str) and bool(entry.get("transpose"))
-        place = "" if slot == "head" else prefix
-        return place + tensor.replace("*", layer, 1), transposed
+        place, numbers = "" if slot in OUTSIDE else prefix, self.architecture.constants
+        listed = rules if isinstance(rules, list) else [rules]
+        found = [part_of(rule, shape, layer, place, numbers) for rule in listed]
+        return next((p for p in found if all(t in self.folder.shapes for t in p.tensors)), found[0])
 
     def parameter(self, slot: str) -> np.ndarray:
         """The values of one slot in the kit's orientation: `[d_out, d_in]` or `[width]`."""
-        tensor, transposed = self.tensors[slot]
-        value = self.folder.tensor(tensor)
-        return value.T if transposed else value
+        part = self.parts[slot]
+        return part.read([self.folder.tensor(name) for name in part.tensors])
 
-    def stored(self, slot: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-        """A slot's values as the checkpoint names and orients them."""
-        tensor, transposed = self.tensors[slot]
-        return tensor, np.ascontiguousarray(value.T if transposed else value)
+    def rewritten(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The stored tensors, by name, with new values of some slots in their places."""
+        changed: dict[str, np.ndarray] = {}
+        for slot, value in values.items():
+            part = self.parts[slot]
+            for name in part.tensors:
+                if name not in changed:
+                    changed[name] = np.array(self.folder.tensor(name), np.float64, order="C")
+            part.write([changed[name] for name in part.tensors], value)
+        return changed
 
     def fingerprint(self, changed: list[str]) -> dict[str, str]:
         """What a patch must find again: the architecture, and the weights that it was made for."""
@@ -152,7 +184,7 @@ def open_model(path: Path) -> Model:
     folder = open_folder(path)
     architecture, conventions = from_config(folder.config, str(path))
     model = Model(architecture, folder, conventions)
-    _ = model.tensors
+    _ = model.parts
     return model
 
 
@@ -165,97 +197,7 @@ def architecture_from_config(path: Path) -> Architecture:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise BadInput(f"no config.json at {path}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{file}, line {error.lineno}, column {error.colno}: malformed JSON: {error.msg}") from None
-    if not isinstance(config, dict):
+    config, _ = read_document(file, finite=False)
+    if not isinstance(config, Mapping):
         raise BadInput(f"{file}: expected a JSON object")
     return from_config(config, str(file))[0]
-
-
-def from_config(config: Mapping[str, Any], source: str) -> tuple[Architecture, Mapping[str, Any]]:
-    """The catalogue's architecture with the numbers of a Hugging Face configuration put in."""
-    entries = {}
-    for family in catalog.families():
-        found = catalog.entry(family)
-        if found.checkpoint:
-            entries[found.checkpoint["model_type"]] = found
-    entry = entries.get(str(config.get("model_type")))
-    if entry is None or entry.checkpoint is None:
-        known = ", ".join(sorted(entries))
-        raise BadInput(
-            f"{source}: model_type {config.get('model_type')!r} is not supported; supported are {known}. "
-            "Any other block can be judged by writing it down as a YAML spec (see the README, section Specs)"
-        )
-    rules = entry.checkpoint
-    _check_settings(config, rules.get("requires", {}), source)
-    constants: dict[str, Any] = {}
-    for name, keys in rules["constants"].items():
-        value = _first(config, keys if isinstance(keys, list) else [keys], constants)
-        if value is None:
-            raise BadInput(f"{source}: {keys} is missing, from which {name} is taken")
-        constants[name] = value
-    architecture = entry.bound(constants, entry.family)
-    if "layer_types" in rules:
-        architecture = _with_layer_types(architecture, config, rules["layer_types"], source)
-    return architecture, rules
-
-
-def _check_settings(config: Mapping[str, Any], requires: Mapping[str, list[Any]], source: str) -> None:
-    for key, allowed in requires.items():
-        value = _look(config, key)
-        if value not in allowed:
-            shown = ", ".join(str(a) for a in allowed if a is not None) or "none"
-            raise BadInput(
-                f"{source}: {key} = {value!r} is not supported for this family (allowed: {shown}); write a spec"
-            )
-
-
-def _look(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
-
-
-def _first(config: Mapping[str, Any], keys: list[Any], constants: Mapping[str, Any]) -> Any:
-    """The first key that the configuration has; `= formula` computes from the constants before it."""
-    for key in keys:
-        if str(key).startswith("="):
-            return _formula(ast.parse(str(key)[1:].strip(), mode="eval").body, constants)
-        if (value := _look(config, str(key))) is not None:
-            return value
-    return None
-
-
-def _formula(node: ast.AST, constants: Mapping[str, Any]) -> Any:
-    """Arithmetic over constants: names, numbers, * and //, sqrt(...)."""
-    match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.Name(id=name):
-            return constants[name]
-        case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            return _formula(left, constants) * _formula(right, constants)
-        case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
-            return _formula(left, constants) // _formula(right, constants)
-        case ast.Call(func=ast.Name(id="sqrt"), args=[inner]):
-            return math.sqrt(_formula(inner, constants))
-    raise BadInput(f"a catalogue formula may not hold {ast.dump(node)}")
-
-
-def _with_layer_types(
-    architecture: Architecture, config: Mapping[str, Any], rule: Mapping[str, str], source: str
-) -> Architecture:
-    """Which block stands in which layer, where the configuration lists it."""
-    from dataclasses import replace
-
-    listed = config.get(rule["key"])
-    if listed is None:
-        return architecture
-    unknown = [t for t in listed if t not in rule]
-    if unknown:
-        raise BadInput(
-            f"{source}: {rule['key']} holds {unknown[0]!r}; known are {', '.join(k for k in rule if k != 'key')}"
-        )
-    return replace(architecture, layers=Layers(tuple(rule[t] for t in listed), len(listed)))

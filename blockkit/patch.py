@@ -164,7 +164,7 @@ class Patch:
         if mine != its:
             raise BadInput(f"the patch was made for {mine}, this model is {its} ({model.folder.path})")
         for slot, change in self.changes.items():
-            if slot not in model.tensors:
+            if slot not in model.parts:
                 raise BadInput(f"the patch changes {slot}, which this model ({model.folder.path}) does not have")
             mine_shape, its_shape = _shape(change), model.parameter(slot).shape
             if mine_shape != its_shape:
@@ -193,8 +193,8 @@ class Patch:
         """
         self.require_mergeable()
         self.check(model)
-        changed = dict(model.stored(slot, dense(model.parameter(slot), c)) for slot, c in self.changes.items())
-        write_folder(model.folder, out, changed)
+        merged = {slot: dense(model.parameter(slot), change) for slot, change in self.changes.items()}
+        write_folder(model.folder, out, model.rewritten(merged))
 
 
 def _narrow(change: Change) -> Change:

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Folders and files that appear complete or not at all."""
 
 import shutil
 import uuid
@@ -46,3 +46,22 @@ def _require_free(target: Path) -> None:
             f"the output folder {target} exists and is not an empty folder; "
             "nothing is ever overwritten: remove it or choose another name."
         )
+
+
+def write_file(out: Path, content: bytes) -> None:
+    """Writes a file; one that exists is replaced only when the new one is complete.
+
+    Raises:
+        BadInput: `out` is a folder or the like, or it cannot be written.
+    """
+    if out.exists() and not out.is_file():
+        raise BadInput(f"cannot write {out}: it exists and is not an ordinary file")
+    partial = out.with_name(f".{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+        partial.replace(out)
+    except OSError as error:
+        raise BadInput(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
