@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class BlockkitError(Exception):
     """Base of every error that blockkit raises on purpose."""
@@ -10,9 +13,17 @@ class BlockkitError(Exception):
 
 
 class BadInput(BlockkitError):
-    """Something that was given cannot be used: the message says what, where and what is allowed."""
+    """Something that was given cannot be used: the message says what, where and what is allowed.
+
+    Attributes:
+        at: the node, parameter or component of a block that is to blame, for whoever knows where it is written.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str, at: str | None = None) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 class MissingDependency(BadInput):
@@ -51,3 +62,11 @@ class ConditionViolated(BlockkitError):
 
 class ExactnessLost(BlockkitError):
     """The edited model was run and does not reproduce the contextual one closely enough."""
+
+
+def blamed(error: BaseException) -> str:
+    """A foreign exception in one line, with the file and line of the last call that is not a library's."""
+    raised = list(traceback.extract_tb(error.__traceback__))
+    frames = [f for f in raised if "site-packages" not in f.filename] or raised
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

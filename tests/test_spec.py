@@ -36,6 +36,7 @@ from blockkit.spec import (
 )
 
 HERE = Path(catalog.__file__).parent
+VALID = jsonschema.Draft202012Validator(bk.schema())
 
 
 def document_of(family: str) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def test_blocks_written_in_python_survive_writing_and_reading(architecture: Arch
     again = read(parse_document(json.dumps(document), "spec.json")[0])
     assert again == architecture
     assert again.graphs == architecture.graphs
-    jsonschema.validate(json.loads(json.dumps(document)), bk.schema())
+    VALID.validate(json.loads(json.dumps(document)))
 
 
 @settings(max_examples=20, deadline=None)
@@ -213,13 +214,12 @@ def test_components_may_stand_in_any_order() -> None:
 
 
 def test_the_schema_is_one_and_takes_the_catalogue() -> None:
-    schema = bk.schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    json.dumps(schema)
+    jsonschema.Draft202012Validator.check_schema(VALID.schema)
+    json.dumps(VALID.schema)
     for family in catalog.families():
-        jsonschema.validate(document_of(family), schema)
+        VALID.validate(document_of(family))
     for name in catalog.names():
-        jsonschema.validate(json.loads(json.dumps(to_document(catalog.load(name)))), schema)
+        VALID.validate(json.loads(json.dumps(to_document(catalog.load(name)))))
 
 
 WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -257,11 +257,11 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_schema_and_reader_refuse_the_same(what: str) -> None:
     document = copy.deepcopy(small())
-    jsonschema.validate(document, bk.schema())
+    VALID.validate(document)
     read(document)
     WRONG[what](document)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(document, bk.schema())
+        VALID.validate(document)
     refused_document(document)
 
 
@@ -296,6 +296,20 @@ def test_malformed_yaml_says_where(text: str, line: int, column: int, tmp_path: 
 def test_malformed_json_says_where(tmp_path: Path) -> None:
     message = refused('{"name": "a",\n "block": {,}}', tmp_path, "spec.json")
     assert "spec.json, line 2, column 12: malformed JSON" in message
+
+
+BOMBS = {
+    "aliases": "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+    "a chain of aliases": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 300)),
+    "levels": "".join("  " * i + "a:\n" for i in range(1500)),
+    "levels of JSON": '{"a": ' + "[" * 10_000 + "]" * 10_000 + "}",
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_bombs_are_refused(what: str) -> None:
+    with pytest.raises(BadInput, match=r"nested too deeply|unfold into more than"):
+        parse_document(BOMBS[what], "bomb.yaml")
 
 
 def test_a_key_given_twice_in_json_is_refused(tmp_path: Path) -> None:
@@ -506,6 +520,9 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "softmax": {"op": "softmax", "args": ["v"]},
     "concat": {"op": "concat", "args": ["v"]},
     "slice": {"op": "slice", "start": 1, "stop": 5, "args": ["h"]},
+    "top_k": {"op": "top_k", "k": 2, "scores": "sigmoid", "normalise": False, "groups": 2, "args": ["v"]},
+    "repeat": {"op": "repeat", "times": 1, "args": ["v"]},
+    "clamp": {"op": "clamp", "low": -1.5, "args": ["v"]},
     "mix": {"op": "mix", "width": 4, "args": ["h"]},
 }
 
