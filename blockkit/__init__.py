@@ -11,27 +11,39 @@
 Nothing heavy is imported here; frameworks only where a backend is asked for.
 """
 
-from .api import check, load, plan, replace_constants, schema
+from .api import check, explain, load, plan, replace_constants, schema
 from .architecture import Architecture, Block, Embedding, Head, Layers
+from .compare import compare
 from .components import (
     MLP,
     Activation,
     Add,
     Attention,
     Bias,
+    Component,
+    Concat,
+    CrossAttention,
     Gain,
     GatedMLP,
+    LatentAttention,
     LayerNorm,
     Linear,
     Mixer,
+    Operation,
     Product,
     QKNorm,
+    RelativeBiasSettings,
     RMSNorm,
     RopeSettings,
     Scale,
+    Signal,
+    Slice,
     Softcap,
+    Softmax,
     stream,
 )
+from .controls import controls
+from .custom import solves
 from .errors import (
     BadInput,
     BlockkitError,
@@ -44,6 +56,7 @@ from .graph import Graph, Node, Parameter
 from .patch import Patch
 from .plan import Plan
 from .verdict import Verdict
+from .verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -57,13 +70,17 @@ __all__ = [
     "Bias",
     "Block",
     "BlockkitError",
+    "Component",
+    "Concat",
     "ConditionViolated",
+    "CrossAttention",
     "Embedding",
     "ExactnessLost",
     "Gain",
     "GatedMLP",
     "Graph",
     "Head",
+    "LatentAttention",
     "LayerNorm",
     "Layers",
     "Linear",
@@ -71,20 +88,31 @@ __all__ = [
     "Mixer",
     "Node",
     "NotPatchable",
+    "Operation",
     "Parameter",
     "Patch",
     "Plan",
     "Product",
     "QKNorm",
     "RMSNorm",
+    "RelativeBiasSettings",
     "RopeSettings",
     "Scale",
+    "Signal",
+    "Slice",
     "Softcap",
+    "Softmax",
     "Verdict",
+    "Verification",
     "check",
+    "compare",
+    "controls",
+    "explain",
     "load",
     "plan",
     "replace_constants",
     "schema",
+    "solves",
     "stream",
+    "verify",
 ]

@@ -9,25 +9,30 @@ from typing import Any
 
 from . import catalog
 from .architecture import Architecture, Block
+from .components import Component
 from .errors import BadInput
+from .explain import Explanation
+from .explain import explain as explain_verdict
 from .graph import Graph
 from .plan import Plan, make_plan
-from .planner import Obstruction
+from .route import Obstruction
 from .sizes import Capacity
 from .spec import architecture_from, graph_from, read_document, schema
 from .verdict import Verdict, judge
 
-__all__ = ["check", "load", "plan", "replace_constants", "schema"]
+__all__ = ["check", "explain", "load", "plan", "replace_constants", "schema"]
 
 Spec = str | Path | Architecture | Block | Graph
+Components = Iterable[type[Component]]
 
 
-def load(spec: Spec) -> Architecture | Graph:
+def load(spec: Spec, components: Components = ()) -> Architecture | Graph:
     """An architecture or a raw graph.
 
     Args:
         spec: a catalogue name (`gemma3-270m`), a YAML or JSON file, `hf:PATH` for a Hugging Face
             `config.json` (or its folder), or what `Block`, `Architecture` or `Graph` built.
+        components: classes of your own that a file may use beside the kit's components.
 
     Raises:
         BadInput: unknown, malformed or unsupported; the message says what is allowed.
@@ -42,24 +47,24 @@ def load(spec: Spec) -> Architecture | Graph:
     if text in catalog.names():  # whatever the current folder holds
         return catalog.load(text)
     try:
-        return _from_path(text)
+        return _from_path(text, components)
     except OSError as error:
         raise BadInput(f"cannot read {text}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise BadInput(f"{text} is not text (UTF-8)") from None
 
 
-def _from_path(text: str) -> Architecture | Graph:
+def _from_path(text: str, components: Components) -> Architecture | Graph:
     if text.startswith("hf:"):
         from .checkpoint import architecture_from_config
 
         return architecture_from_config(Path(text.removeprefix("hf:")))
     path = Path(text)
-    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+    if path.suffix in (".yaml", ".yml", ".json") or (path.exists() and not path.is_dir()):
         document, place = read_document(path)
         if isinstance(document, Mapping) and "graph" in document:
             return graph_from(document["graph"], place.at("graph", document["graph"]))
-        return architecture_from(document, place)
+        return architecture_from(document, place, components)
     if path.is_dir():
         raise BadInput(f"{path} is a folder; for a Hugging Face checkpoint write hf:{path}")
     if len(path.parts) > 1:
@@ -67,18 +72,43 @@ def _from_path(text: str) -> Architecture | Graph:
     return catalog.load(text)
 
 
-def check(spec: Spec, only: Iterable[str] = (), freeze: Iterable[str] = (), tokens: int | None = None) -> Verdict:
+def check(
+    spec: Spec,
+    only: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    tokens: int | None = None,
+    components: Components = (),
+) -> Verdict:
     """Whether a context can be absorbed, exactly, into the parameters that may move.
 
     Args:
         only, freeze: globs of parameter names; only those matched by `only` and not by `freeze` move.
         tokens: how many tokens one static patch must serve; None for whatever the routes can.
+        components: see `load`.
 
     Raises:
         BadInput: the spec cannot be read, or a glob matches nothing.
     """
-    verdicts = {kinds: judge(graph, _positive(tokens)) for kinds, graph in _distinct(spec, only, freeze).items()}
-    return _together(verdicts)
+    graphs = distinct_graphs(spec, only, freeze, components)
+    return joint_verdict({kinds: judge(graph, require_positive(tokens)) for kinds, graph in graphs.items()})
+
+
+def explain(
+    spec: Spec,
+    only: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    tokens: int | None = None,
+    components: Components = (),
+) -> Explanation:
+    """The verdict of `check` with its reasons: every route's derivation, and what would unblock a no.
+
+    Raises:
+        BadInput: the spec cannot be read, or a glob matches nothing.
+    """
+    graphs = distinct_graphs(spec, only, freeze, components)
+    verdicts = {kinds: judge(graph, require_positive(tokens)) for kinds, graph in graphs.items()}
+    blocked = {"/".join(kinds): g for kinds, g in graphs.items() if not verdicts[kinds].patchable}
+    return explain_verdict(next(iter(graphs.values())), joint_verdict(verdicts), blocked, tokens)
 
 
 def plan(
@@ -87,6 +117,7 @@ def plan(
     only: Iterable[str] = (),
     freeze: Iterable[str] = (),
     tokens: int | None = None,
+    components: Components = (),
 ) -> Plan:
     """The plan of a strategy for the block (for a model with different blocks: of its first kind).
 
@@ -94,8 +125,8 @@ def plan(
         BadInput: the spec cannot be read, an unknown strategy, or a glob that matches nothing.
         NotPatchable: the strategy has no route; the message says which have.
     """
-    graphs = _distinct(spec, only, freeze)
-    plans = [make_plan(graph, strategy, _positive(tokens)) for graph in graphs.values()]
+    graphs = distinct_graphs(spec, only, freeze, components)
+    plans = [make_plan(graph, strategy, require_positive(tokens)) for graph in graphs.values()]
     return plans[0]
 
 
@@ -104,23 +135,37 @@ def replace_constants(architecture: Architecture, constants: Mapping[str, Any]) 
     return replace(architecture, constants={**architecture.constants, **constants})
 
 
-def _positive(tokens: int | None) -> int | None:
+def require_positive(tokens: int | None) -> int | None:
+    """The number of tokens, if there is one and it can be served."""
     if tokens is not None and tokens < 1:
         raise BadInput(f"tokens must be at least 1, got {tokens}")
     return tokens
 
 
-def _distinct(spec: Spec, only: Iterable[str], freeze: Iterable[str]) -> dict[tuple[str, ...], Graph]:
-    """The graphs that differ for the planner, with the kinds of blocks that share each."""
-    loaded = load(spec)
+def graphs_by_kind(spec: Spec, components: Components = ()) -> Mapping[str, Graph]:
+    """The graph of every kind of block, in the order of the spec; a raw graph is of the kind `graph`."""
+    loaded = load(spec, components)
     if isinstance(loaded, Graph):
-        return {("graph",): loaded.restricted(only, freeze)}
+        return {"graph": loaded}
     try:
-        graphs = loaded.graphs
+        return loaded.graphs
     except BadInput as error:
-        raise (BadInput(f"{spec}: {error}") if isinstance(spec, str | Path) else error) from None
+        raise said_of(spec, error) from None
+
+
+def said_of(spec: Spec, error: BadInput) -> BadInput:
+    """The error with the name of the spec, unless its place already begins with that."""
+    if not isinstance(spec, str | Path) or str(error).startswith(str(spec)):
+        return error
+    return BadInput(f"{spec}: {error}")
+
+
+def distinct_graphs(
+    spec: Spec, only: Iterable[str] = (), freeze: Iterable[str] = (), components: Components = ()
+) -> dict[tuple[str, ...], Graph]:
+    """The graphs that differ for the planner, with the kinds of blocks that share each."""
     found: dict[Any, tuple[list[str], Graph]] = {}
-    for kind, graph in graphs.items():
+    for kind, graph in graphs_by_kind(spec, components).items():
         found.setdefault(_planning_key(graph), ([], graph))[0].append(kind)
     return {tuple(kinds): graph.restricted(only, freeze) for kinds, graph in found.values()}
 
@@ -131,7 +176,7 @@ def _planning_key(graph: Graph) -> Any:
     return graph.input, graph.output, graph.width, graph.parameters, nodes
 
 
-def _together(verdicts: dict[tuple[str, ...], Verdict]) -> Verdict:
+def joint_verdict(verdicts: dict[tuple[str, ...], Verdict]) -> Verdict:
     """One verdict for a model of several kinds of blocks: as good as the worst of them."""
     if len(verdicts) == 1:
         return next(iter(verdicts.values()))

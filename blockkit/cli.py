@@ -1,4 +1,4 @@
-"""The command line: `blockkit list | check | plan | absorb | apply | demo | schema`.
+"""The command line: `blockkit list | components | check | plan | compare | verify | graph | absorb | ...`.
 
 Results go to stdout, progress and messages to stderr. Exit status: 0 done or yes, 1 a well-formed no,
 2 bad input, 130 interrupted.
@@ -6,6 +6,7 @@ Results go to stdout, progress and messages to stderr. Exit status: 0 done or ye
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 DTYPES = ("float32", "float64", "bfloat16")
+MOST_SHOWN = 4000  # characters of a message
 
 
 class Interrupted(BlockkitError):
@@ -67,23 +69,34 @@ ModelPath = Annotated[str, typer.Option("--model", help="A .gguf file, a Hugging
 BackendName = Annotated[str | None, typer.Option("--backend", help="numpy, jax, tensorflow or torch.")]
 Dtype = Annotated[str, typer.Option(help="float32, float64 or bfloat16.")]
 TextOption = Annotated[str, typer.Option(help="The text, or @FILE.")]
+Own = Annotated[Path | None, typer.Option("--components", help="A Python file with components of your own.")]
 
 
 def main() -> None:
     """Runs a command; every foreseen failure ends in one message and its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
+    gc.set_threshold(50_000, 20, 20)  # a large graph is a million objects, nearly all of which live to the end
     try:
         app()
     except BlockkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), MOST_SHOWN)}", file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Text for a terminal: what could control it is written as an escape, the middle of a long text left out."""
+    if most is not None and len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def show(result: Any, text: str, as_json: bool) -> None:
     """Prints the result; a reader that has seen enough, as `head` has, is no error."""
     try:
-        print(json.dumps(result) if as_json else text, flush=True)
+        print(json.dumps(result) if as_json else printable(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -99,12 +112,18 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
     """The catalogue of architectures."""
-    from .report import catalogue_json
+    from .report import catalogue_json, catalogue_text
 
     entries = catalogue_json()
-    width = max(len(e["name"]) for e in entries)
-    text = "\n".join(f"{e['name']:<{width}}  {e['note']}  ({e['source']})" for e in entries)
-    show({"architectures": entries}, text, as_json)
+    show({"architectures": entries}, catalogue_text(entries), as_json)
+
+
+@app.command()
+def components(as_json: AsJson = False) -> None:
+    """The components that specs are made of, with their settings."""
+    from .handbook import components_json, components_text
+
+    show({"components": components_json()}, components_text(), as_json)
 
 
 @app.command()
@@ -113,14 +132,19 @@ def check(
     only: Only = None,
     freeze: Freeze = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that one static patch must serve.")] = None,
+    derived: Annotated[bool, typer.Option("--explain", help="Show which rule fired where, for each route.")] = False,
+    components: Own = None,
     as_json: AsJson = False,
 ) -> None:
-    """Is it patchable: by which parameters, for how many tokens, and if not, why not?"""
-    from .report import verdict_json
+    """Is it patchable: by which parameters, for how many tokens, and if not, why not, and what would unblock it?"""
+    from .report import explanation_json
 
-    verdict = api.check(spec, only or (), freeze or (), tokens)
-    show(verdict_json(verdict), str(verdict), as_json)
-    raise typer.Exit(0 if verdict.patchable else 1)
+    found = api.explain(spec, only or (), freeze or (), tokens, _own(components))
+    if as_json:
+        show(explanation_json(found), "", True)
+    else:
+        show(None, found.page(derived), False)
+    raise typer.Exit(0 if found.verdict.patchable else 1)
 
 
 @app.command()
@@ -130,13 +154,86 @@ def plan(
     only: Only = None,
     freeze: Freeze = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that one static patch must serve.")] = None,
+    derived: Annotated[bool, typer.Option("--explain", help="Show which rule fired where.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="As a LaTeX document.")] = False,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart, the route highlighted.")] = False,
+    svg: Annotated[bool, typer.Option("--svg", help="As an SVG drawing, the route highlighted.")] = False,
+    components: Own = None,
     as_json: AsJson = False,
 ) -> None:
-    """The patch as numbered assignments, each with its law and where it comes from."""
-    from .report import plan_json
+    """The patch as numbered assignments, each with its law and where it comes from; or a document or drawing of it."""
+    from .report import plan_json, render_plan
 
-    found = api.plan(spec, strategy, only or (), freeze or (), tokens)
-    show(plan_json(found), str(found), as_json)
+    forms = [name for name, on in (("latex", latex), ("mermaid", mermaid), ("svg", svg), ("explain", derived)) if on]
+    if len(forms) > 1:
+        raise BadInput(f"--{forms[0]} and --{forms[1]} exclude each other; ask for one at a time")
+    found = api.plan(spec, strategy, only or (), freeze or (), tokens, _own(components))
+    text = render_plan(found, forms[0], spec) if forms else str(found)
+    show(plan_json(found) | ({forms[0]: text} if forms else {}), text, as_json)
+
+
+@app.command()
+def compare(
+    left: Annotated[str, typer.Argument(metavar="A", help="A spec, as for check.")],
+    right: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    only: Only = None,
+    freeze: Freeze = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens that one static patch must serve.")] = None,
+    components: Own = None,
+    as_json: AsJson = False,
+) -> None:
+    """Two designs side by side: patchable or not, for how many tokens, and how many numbers each strategy stores."""
+    from .compare import compare as compare_designs
+    from .report import comparison_json
+
+    found = compare_designs(left, right, only or (), freeze or (), tokens, _own(components))
+    show(comparison_json(found), str(found), as_json)
+
+
+@app.command()
+def verify(
+    spec: SpecArg,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    width: Annotated[int | None, typer.Option(help="Of the residual stream, where the spec writes a symbol.")] = None,
+    strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "stable",
+    tokens: Annotated[int, typer.Option(help="Tokens that one static patch must serve.")] = 1,
+    only: Only = None,
+    freeze: Freeze = None,
+    block: Annotated[str | None, typer.Option(help="Only this kind of block.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write all that a recheck needs to this .npz file.")] = None,
+    components: Own = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try a patch on small random numbers: solve it, run the edited block, compare."""
+    from .report import verification_json
+    from .verify import verify as verify_spec
+    from .verify import write_dump
+
+    if dump is not None:
+        _require_writable(dump, "--dump")
+    found = verify_spec(spec, strategy, only or (), freeze or (), tokens, seed, width, block, _own(components))
+    if dump is not None and found.worst.result is not None:
+        write_dump(found.worst, dump)
+        print(f"{found.block}: written to {dump}", file=sys.stderr)
+    show(verification_json(found), str(found), as_json)
+    raise typer.Exit(0 if found.exact else 1)
+
+
+@app.command()
+def graph(
+    spec: SpecArg,
+    block: Annotated[str | None, typer.Option(help="This kind of block; by default the first.")] = None,
+    components: Own = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the raw graph of a block, which `check`, `plan` and `verify` read back."""
+    from .raw import graph_document
+
+    graphs = api.graphs_by_kind(spec, _own(components))
+    if block is not None:
+        _require_known("--block", block, graphs)
+    document = graph_document(graphs[block] if block is not None else next(iter(graphs.values())))
+    show(document, json.dumps(document, indent=2), as_json)
 
 
 @app.command()
@@ -279,17 +376,25 @@ def _require_known(option: str, value: str, allowed: Iterable[str]) -> None:
         raise BadInput(f"{option} {value!r} is not known; allowed are {', '.join(allowed)}")
 
 
-def _require_writable(out: Path) -> None:
+def _own(file: Path | None) -> tuple[Any, ...]:
+    """The components that a user's file defines."""
+    from .plugins import components_from
+
+    return () if file is None else components_from(file)
+
+
+def _require_writable(out: Path, option: str = "--out") -> None:
     """Finds out before the work, not after it."""
     if out.is_dir():
-        raise BadInput(f"--out {out} is a folder; give a file")
+        raise BadInput(f"{option} {out} is a folder; give a file")
     if out.exists() and not out.is_file():
-        raise BadInput(f"--out {out} is not an ordinary file")
+        raise BadInput(f"{option} {out} is not an ordinary file")
     try:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise BadInput(f"--out {out}: cannot write into the folder {out.parent}: {error.strerror or error}") from None
+        why = error.strerror or error
+        raise BadInput(f"{option} {out}: cannot write into the folder {out.parent}: {why}") from None
 
 
 @contextmanager

@@ -8,28 +8,79 @@ from typing import Any
 import numpy as np
 
 from . import catalog
+from .compare import Comparison, Side
+from .explain import RULES, Explanation, derivation
 from .metrics import probabilities
 from .plan import Plan
+from .route import Route
 from .session import Result
 from .verdict import Verdict
+from .verify import Verification
+from .views.latex import latex
+from .views.mermaid import mermaid
+from .views.svg import svg
 from .weights.tokenizer import Tokenizer
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """The JSON object of `check`."""
+    """A verdict as JSON: what `check` says without its reasons."""
     return {
         "patchable": verdict.patchable,
         "capacity": verdict.capacity.json(),
-        "routes": [
-            {
-                "parameters": list(r.parameters),
-                "capacity": r.capacity.json(),
-                "conditions": [f"{c.node}: {c}" for c in r.conditions],
-                "source": r.source,
-            }
-            for r in verdict.routes
-        ],
+        "routes": [route_json(r) for r in verdict.routes],
         "obstructions": [{"node": o.node, "reason": o.reason} for o in verdict.obstructions],
+    }
+
+
+def route_json(route: Route) -> dict[str, Any]:
+    return {
+        "parameters": list(route.parameters),
+        "capacity": route.capacity.json(),
+        "conditions": [f"{c.node}: {c}" for c in route.conditions],
+        "source": route.source,
+    }
+
+
+def explanation_json(explanation: Explanation) -> dict[str, Any]:
+    """The JSON object of `check`."""
+    found = verdict_json(explanation.verdict)
+    for shown, route in zip(found["routes"], explanation.verdict.routes, strict=True):
+        shown["derivation"] = derivation(explanation.graph, route)
+    found["blocking"] = list(explanation.blocking)
+    found["changes"] = [
+        {
+            "change": change.text,
+            "block": kind,
+            "parameters": list(change.parameters),
+            "nodes": list(change.nodes),
+            "new_numbers": change.numbers.json(),
+            "keeps_function": change.keeps_function,
+            "then": [route_json(r) for r in change.verdict.routes],
+        }
+        for kind, change in explanation.listed
+    ]
+    return found
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """The JSON object of `compare`."""
+    return {"designs": [_side_json(comparison.left), _side_json(comparison.right)]}
+
+
+def _side_json(side: Side) -> dict[str, Any]:
+    return {
+        "name": side.name,
+        "layers": side.layers,
+        **verdict_json(side.verdict),
+        "strategies": {
+            strategy: {
+                "parameters": list(cost.route.parameters),
+                "capacity": cost.route.capacity.json(),
+                "numbers_stored": cost.block.json(),
+                "numbers_stored_model": None if cost.model is None else cost.model.json(),
+            }
+            for strategy, cost in side.costs.items()
+        },
     }
 
 
@@ -53,6 +104,33 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def render_plan(plan: Plan, form: str, title: str) -> str:
+    """The plan as `latex`, `mermaid` or `svg`, or with the derivation of its route (`explain`).
+
+    Raises:
+        BadInput: there are too many components for a drawing.
+    """
+    if form == "latex":
+        return latex(plan, title)
+    if form == "mermaid":
+        return mermaid(plan)
+    if form == "svg":
+        return svg(plan, title)
+    return "\n".join([str(plan), "because", *(f"  {line}" for line in derivation(plan.graph, plan.route)), *RULES])
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    """The JSON object of `verify`; the values at the top are those of the worst block."""
+    keys = ("block", "parameters", "relative_linf", "unpatched_relative", "conditions", "reason")
+
+    def shown(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    blocks = [{key: shown(getattr(b, key)) for key in keys} for b in found.blocks]
+    top = {key: shown(getattr(found, key)) for key in keys}
+    return {"strategy": found.strategy, "tokens": found.tokens, "seed": found.seed, **top, "blocks": blocks}
+
+
 def catalogue_json() -> list[dict[str, str]]:
     """The entries of `list`."""
     found = []
@@ -63,6 +141,19 @@ def catalogue_json() -> list[dict[str, str]]:
                 {"name": name, "family": family, "note": entry.architecture.note, "source": entry.architecture.source}
             )
     return found
+
+
+def catalogue_text(entries: list[dict[str, str]]) -> str:
+    """A paragraph for each family: what makes it special, where it is from, and the sizes it comes in."""
+    lines = []
+    for family in dict.fromkeys(e["family"] for e in entries):
+        listed = [e for e in entries if e["family"] == family]
+        lines.append(f"{family}: {listed[0]['note']}  ({listed[0]['source']})")
+        if len(listed) > 1:
+            lines.append("    " + ", ".join(e["name"] for e in listed[1:]))
+    families = len({e["family"] for e in entries})
+    lines.append(f"\n{len(entries)} names of {families} families; a family's own name leaves its sizes open")
+    return "\n".join(lines)
 
 
 def absorbed_json(result: Result, backend: str, dtype: str) -> dict[str, Any]:

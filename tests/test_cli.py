@@ -120,9 +120,10 @@ def test_check_as_json(cli: CommandLine) -> None:
     done = cli("check", "gemma3-270m", "--json")
     verdict = done.json
     assert done.status == 0 and done.err == ""
-    assert verdict.keys() == {"patchable", "capacity", "routes", "obstructions"}
+    assert verdict.keys() == {"patchable", "capacity", "routes", "obstructions", "blocking", "changes"}
     assert verdict["patchable"] is True and verdict["capacity"] == 1024 and verdict["obstructions"] == []
-    assert all(r.keys() == {"parameters", "capacity", "conditions", "source"} for r in verdict["routes"])
+    keys = {"parameters", "capacity", "conditions", "source", "derivation"}
+    assert all(r.keys() == keys for r in verdict["routes"])
 
 
 def test_a_no_is_status_1(cli: CommandLine) -> None:
@@ -175,13 +176,13 @@ def test_python_has_the_keys_of_the_json() -> None:
         ((LONG_NAME + ".yaml",), "name too long"),
         (("hf:missing",), "no config.json at missing"),
         (("hf:folder",), "no config.json at folder"),
-        (("hf:bert.json",), "model_type 'bert' is not supported; supported are"),
+        (("hf:t5.json",), "model_type 't5' is not supported; supported are"),
         (("hf:binary.json",), "not text"),
         (("hf:" + LONG_NAME,), "name too long"),
         (("binary.json",), "not text"),
         (("broken.yaml",), "broken.yaml, line 6, column 1: malformed YAML"),
         (("broken.json",), "broken.json, line 1, column 15: malformed JSON"),
-        (("shape.yaml",), "shape.yaml: node 'y': add takes arguments of one width, got [8], [6]"),
+        (("shape.yaml",), "block.nodes.y: node 'y': add takes arguments of one width, got [8], [6]"),
         (("kind.yaml",), "kind.yaml, line 8, column 5, block.nodes.mlp: unknown component 'liner'"),
         (("empty.yaml",), "expected a mapping"),
         (("gemma3-270m", "--only", "zzz.*"), "'zzz.*' matches no parameter; there are"),
@@ -195,7 +196,7 @@ def test_a_spec_that_is_wrong(
 ) -> None:
     (tmp_path / "folder").mkdir()
     files = {
-        "bert.json": '{"model_type": "bert"}',
+        "t5.json": '{"model_type": "t5"}',
         "broken.yaml": "name: x\nwidth: 4\nblock:\n  nodes: {a: [1,\n  output: y\n",
         "broken.json": '{"name": "x", }',
         "shape.yaml": SPEC.replace("out: 8", "out: 6"),

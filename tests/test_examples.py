@@ -31,6 +31,8 @@ def test_specs_say_what_they_show() -> None:
         ("mlp.down_proj",),
         ("attention.o_proj",),
     }
+    with pytest.raises(bk.BadInput, match="unknown component 'sinh'"):  # which the file of components brings
+        bk.check(FOLDER / "composite.yaml")
     bounded = bk.check(FOLDER / "bounded.yaml")
     assert bounded.patchable is False
     assert any("tanh" in o.reason for o in bounded.obstructions)
