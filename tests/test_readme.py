@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tables
 
 import blockkit as bk
 from blockkit.spec import architecture_from, graph_from, parse_document
@@ -47,6 +48,12 @@ def test_json_example_is_a_graph() -> None:
     document, place = parse_document(text, "README")
     assert json.loads(text) == document
     assert bk.check(graph_from(document["graph"], place)).patchable is None
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_the_tables_are_what_the_code_says(name: str) -> None:
+    message = f"the README's table of the {name} is out of date: run `make table` and read what changed"
+    assert tables.in_readme(TEXT, name) == tables.TABLES[name](), message
 
 
 def test_no_placeholder_is_left() -> None:

@@ -1,0 +1,118 @@
+"""The README's tables that follow from the code: the components, and what the planner derives for every family.
+
+python tests/tables.py prints them; with --write they take the place of those in the README (`make table`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from blockkit import catalog
+from blockkit.errors import BadInput, NotPatchable
+from blockkit.graph import Graph
+from blockkit.handbook import components_json
+from blockkit.plan import make_plan
+from blockkit.route import Route
+from blockkit.verdict import Verdict, judge
+
+README = Path(__file__).parent.parent / "README.md"
+ANSWERS = {True: "yes", False: "no", None: "unknown"}
+STRATEGIES = ("stable", "minimal", "matrix", "paper")
+HEAD = ("architecture", "patchable", "tokens", "by one parameter (tokens)", *STRATEGIES, "what makes it special")
+SHOWN = 4  # routes in a cell
+SIZES: dict[str, int] = {
+    "d_model": 1024, "d_ff": 4096, "heads": 12, "kv_heads": 4, "head_dim": 64, "layers": 24,
+    "experts": 8, "top_k": 2, "shared": 2048, "d_dense": 2048, "value_dim": 128,
+    "rope_dim": 32, "nope_dim": 64, "q_rank": 384, "kv_rank": 256, "groups": 4, "top_groups": 2,
+    "inner": 2048, "state": 16, "dt_rank": 64, "kernel": 4, "d_tokens": 512, "places": 196, "length": 2048,
+}  # fmt: skip
+
+
+def row(graph: Graph) -> tuple[str, ...]:
+    """The columns that follow from the graph alone."""
+    unknown = sorted({symbol for shape in graph.shapes.values() for size in shape for symbol in size.symbols})
+    if unknown:
+        raise BadInput(f"give {', '.join(unknown)} a number in SIZES")
+    verdict = judge(graph)
+    capacity = str(verdict.capacity) if verdict.patchable else "-"
+    return (ANSWERS[verdict.patchable], capacity, routes(verdict), *(stored(graph, s) for s in STRATEGIES))
+
+
+def routes(verdict: Verdict) -> str:
+    """The outermost routes, `?` where a condition fails for whole regions; else why there are none."""
+    single = [r for r in verdict.routes if len(r.parameters) == 1]
+    shown = [short(r) for r in single[:SHOWN]]
+    if len(single) > SHOWN:
+        shown.append(f"{len(single) - SHOWN} more")
+    if not single and verdict.obstructions:
+        return verdict.obstructions[0].reason
+    return ", ".join(shown) or "only several together"
+
+
+def short(route: Route) -> str:
+    """One parameter, how many tokens it serves, and whether that is for sure."""
+    part = " of one expert" if route.steps[0].block else ""
+    return f"`{route.parameters[0]}`{part} ({route.capacity}){' ?' if route.conditional else ''}"
+
+
+def stored(graph: Graph, strategy: str) -> str:
+    """How many numbers the patch of one block holds, for one token."""
+    try:
+        return str(make_plan(graph, strategy).numbers_stored)
+    except NotPatchable:
+        return "-"
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """One row a family; blocks of a family that differ for the planner have rows of their own."""
+    for family in catalog.families():
+        architecture = catalog.entry(family).bound(SIZES, family)
+        found: dict[tuple[str, ...], list[str]] = {}
+        for kind, graph in architecture.graphs.items():
+            found.setdefault(row(graph), []).append(kind)
+        for columns, kinds in found.items():
+            name = family if len(found) == 1 else f"{family} ({', '.join(kinds)})"
+            yield (name, *columns, architecture.note)
+
+
+def catalogue_table() -> str:
+    """One row a family, all at the same sizes."""
+    return _markdown([HEAD, ("---",) * len(HEAD), *rows()])
+
+
+def components_table() -> str:
+    """One row a component."""
+    lines: list[tuple[str, ...]] = [("component", "computes", "settings"), ("---",) * 3]
+    for entry in components_json():
+        settings = [f"`{k}`" if v == "required" else f"`{k}` = {v}" for k, v in entry["settings"].items()]
+        lines.append((f"`{entry['component']}`", entry["computes"], ", ".join(settings) or "-"))
+    return _markdown(lines)
+
+
+def _markdown(lines: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+TABLES = {"catalogue": catalogue_table, "components": components_table}
+
+
+def in_readme(text: str, name: str) -> str:
+    """The table that stands between its markers in a README."""
+    return text.split(f"<!-- {name}: made by `make table` -->")[1].split(f"<!-- end of {name} -->")[0].strip()
+
+
+def with_table(text: str, name: str, made: str) -> str:
+    """The README with another table between its markers."""
+    start, end = f"<!-- {name}: made by `make table` -->", f"<!-- end of {name} -->"
+    before, rest = text.split(start)
+    return f"{before}{start}\n\n{made}\n\n{end}{rest.split(end)[1]}"
+
+
+if __name__ == "__main__":
+    for name, made in TABLES.items():
+        if "--write" in sys.argv:
+            README.write_text(with_table(README.read_text(encoding="utf-8"), name, made()), encoding="utf-8")
+        else:
+            print(made(), end="\n\n")
