@@ -7,10 +7,10 @@ TEST := .venv
 EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
 comma := ,
 
-.PHONY: demo test lint figures bench clean help
+.PHONY: demo test lint figures table families bench scale attack clean help
 
 help:
-	@sed -n 1p Makefile; echo "also: make lint, make figures, make bench, make clean; BACKEND=jax make demo runs it on JAX"
+	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make scale, make attack, make clean; BACKEND=jax make demo runs it on JAX"
 
 demo: $(DEMO)/.ready-$(BACKEND)
 	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
@@ -27,8 +27,20 @@ lint: $(TEST)/.ready
 figures: $(TEST)/.ready
 	$(TEST)/bin/python tests/figures.py
 
+table: $(TEST)/.ready
+	$(TEST)/bin/python tests/tables.py --write
+
+families: $(TEST)/.ready
+	$(TEST)/bin/python tests/family_figures.py
+
 bench: $(TEST)/.ready
 	$(TEST)/bin/python tests/bench.py
+
+scale: $(TEST)/.ready
+	$(TEST)/bin/python tests/bench_scale.py
+
+attack: $(TEST)/.ready
+	$(TEST)/bin/python tests/attack_figures.py
 
 $(DEMO)/.ready-$(BACKEND): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
