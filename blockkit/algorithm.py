@@ -101,7 +101,7 @@ def lock_step(
     """Both runs through all blocks; gives what each block gave, and the contextual stream at the served rows."""
     n, q, depth = len(request.context), len(request.query), executor.depth
     everything = np.concatenate([request.context, request.query, request.query])
-    stream = executor.embed(everything, np.concatenate([np.arange(n + q), request.positions]))
+    stream = executor.embed(everything, np.concatenate([np.arange(n + q), request.reduced_positions]))
     contextual, reduced = stream[: n + q], stream[n + q :]
     steppers = {kind: BlockStepper(executor, plan, request, n) for kind, plan in plans.items()}
     steps: list[Stepped] = []
@@ -123,7 +123,7 @@ def run_query(
 ) -> Array:
     """The edited model on the query alone, at its positions: an ordinary run, with merged weights if it has any."""
     merge = request.merge and not factored
-    return run_stream(executor, request.query, request.positions, overlays, merge, edited=edited)
+    return run_stream(executor, request.query, request.reduced_positions, overlays, merge, edited=edited)
 
 
 LOOSEST = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}

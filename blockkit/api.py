@@ -14,6 +14,7 @@ from .errors import BadInput
 from .explain import Explanation
 from .explain import explain as explain_verdict
 from .graph import Graph
+from .in_place import backend_of
 from .plan import Plan, make_plan
 from .route import Obstruction
 from .sizes import Capacity
@@ -23,6 +24,7 @@ from .verdict import Verdict, judge
 __all__ = ["check", "explain", "load", "plan", "replace_constants", "schema"]
 
 Spec = str | Path | Architecture | Block | Graph
+Judged = Spec | object  # a spec, or a model in memory
 Components = Iterable[type[Component]]
 
 
@@ -41,6 +43,11 @@ def load(spec: Spec, components: Components = ()) -> Architecture | Graph:
         return spec
     if isinstance(spec, Block):
         return Architecture("block", spec.width, {"block": spec})
+    if not isinstance(spec, str | Path):
+        raise BadInput(
+            f"a {type(spec).__name__} is no spec; give a name, a file, hf:PATH, a Block, an Architecture or a Graph "
+            "(a model in memory goes to check, explain or plan)"
+        )
     text = str(spec)
     if not text.strip():
         raise BadInput("the spec is empty; give a catalogue name, a YAML or JSON file, or hf:PATH")
@@ -73,51 +80,56 @@ def _from_path(text: str, components: Components) -> Architecture | Graph:
 
 
 def check(
-    spec: Spec,
+    spec: Judged,
     only: Iterable[str] = (),
     freeze: Iterable[str] = (),
     tokens: int | None = None,
     components: Components = (),
+    example: Any = None,
 ) -> Verdict:
     """Whether a context can be absorbed, exactly, into the parameters that may move.
 
     Args:
+        spec: what `load` takes, or a model in memory (a `torch.nn.Module`, say).
         only, freeze: globs of parameter names; only those matched by `only` and not by `freeze` move.
         tokens: how many tokens one static patch must serve; None for whatever the routes can.
         components: see `load`.
+        example: what a model in memory is called with, where that cannot be guessed (token ids can).
 
     Raises:
         BadInput: the spec cannot be read, or a glob matches nothing.
     """
-    graphs = distinct_graphs(spec, only, freeze, components)
+    graphs = distinct_graphs(spec, only, freeze, components, example)
     return joint_verdict({kinds: judge(graph, require_positive(tokens)) for kinds, graph in graphs.items()})
 
 
 def explain(
-    spec: Spec,
+    spec: Judged,
     only: Iterable[str] = (),
     freeze: Iterable[str] = (),
     tokens: int | None = None,
     components: Components = (),
+    example: Any = None,
 ) -> Explanation:
     """The verdict of `check` with its reasons: every route's derivation, and what would unblock a no.
 
     Raises:
         BadInput: the spec cannot be read, or a glob matches nothing.
     """
-    graphs = distinct_graphs(spec, only, freeze, components)
+    graphs = distinct_graphs(spec, only, freeze, components, example)
     verdicts = {kinds: judge(graph, require_positive(tokens)) for kinds, graph in graphs.items()}
     blocked = {"/".join(kinds): g for kinds, g in graphs.items() if not verdicts[kinds].patchable}
     return explain_verdict(next(iter(graphs.values())), joint_verdict(verdicts), blocked, tokens)
 
 
 def plan(
-    spec: Spec,
+    spec: Judged,
     strategy: str = "stable",
     only: Iterable[str] = (),
     freeze: Iterable[str] = (),
     tokens: int | None = None,
     components: Components = (),
+    example: Any = None,
 ) -> Plan:
     """The plan of a strategy for the block (for a model with different blocks: of its first kind).
 
@@ -125,7 +137,7 @@ def plan(
         BadInput: the spec cannot be read, an unknown strategy, or a glob that matches nothing.
         NotPatchable: the strategy has no route; the message says which have.
     """
-    graphs = distinct_graphs(spec, only, freeze, components)
+    graphs = distinct_graphs(spec, only, freeze, components, example)
     plans = [make_plan(graph, strategy, require_positive(tokens)) for graph in graphs.values()]
     return plans[0]
 
@@ -142,8 +154,12 @@ def require_positive(tokens: int | None) -> int | None:
     return tokens
 
 
-def graphs_by_kind(spec: Spec, components: Components = ()) -> Mapping[str, Graph]:
+def graphs_by_kind(spec: Judged, components: Components = (), example: Any = None) -> Mapping[str, Graph]:
     """The graph of every kind of block, in the order of the spec; a raw graph is of the kind `graph`."""
+    if not isinstance(spec, Spec):
+        return backend_of(spec).graphs(spec, example)
+    if example is not None:
+        raise BadInput("an example is what a model in memory is called with; a spec needs none")
     loaded = load(spec, components)
     if isinstance(loaded, Graph):
         return {"graph": loaded}
@@ -161,11 +177,15 @@ def said_of(spec: Spec, error: BadInput) -> BadInput:
 
 
 def distinct_graphs(
-    spec: Spec, only: Iterable[str] = (), freeze: Iterable[str] = (), components: Components = ()
+    spec: Judged,
+    only: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    components: Components = (),
+    example: Any = None,
 ) -> dict[tuple[str, ...], Graph]:
     """The graphs that differ for the planner, with the kinds of blocks that share each."""
     found: dict[Any, tuple[list[str], Graph]] = {}
-    for kind, graph in graphs_by_kind(spec, components).items():
+    for kind, graph in graphs_by_kind(spec, components, example).items():
         found.setdefault(_planning_key(graph), ([], graph))[0].append(kind)
     return {tuple(kinds): graph.restricted(only, freeze) for kinds, graph in found.values()}
 

@@ -34,7 +34,7 @@ differ between releases): the first whose tensors are there. Many slots may lie 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -154,6 +154,20 @@ class Model:
         """The values of one slot in the kit's orientation: `[d_out, d_in]` or `[width]`."""
         part = self.parts[slot]
         return part.read([self.folder.tensor(name) for name in part.tensors])
+
+    def whole_weights(self, slots: Iterable[str]) -> dict[str, str]:
+        """For each slot that is a whole `.weight` of a module, that weight's name in the causal language model.
+
+        Some checkpoints leave out the prefix that the model's class puts before its modules' names.
+        """
+        prefix, full = self._prefix(), max(map(str, self.conventions.get("prefixes", [""])), key=len)
+        found = {}
+        for slot in slots:
+            part = self.parts[slot]
+            if part.whole and len(part.slot) == 2 and part.tensors[0].endswith(".weight"):
+                name = part.tensors[0]
+                found[slot] = name if slot in OUTSIDE else full + name.removeprefix(prefix)
+        return found
 
     def rewritten(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The stored tensors, by name, with new values of some slots in their places."""

@@ -307,6 +307,26 @@ def apply_(
 
 
 @app.command()
+def export(
+    patch: Annotated[Path, typer.Option(help="A patch file that `absorb --out` wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist, or be empty.")],
+    format_: Annotated[str, typer.Option("--format", help="peft: a LoRA adapter.")] = "peft",
+    model: Annotated[str | None, typer.Option(help="The patch's model, to load the adapter with and compare.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the patch as an adapter that other programs load; with --model, load it back and compare first."""
+    from .adapter import FORMATS, export_peft
+    from .patch import Patch
+    from .report import adapter_json, adapter_text
+
+    _require_known("--format", format_, FORMATS)
+    loaded = Patch.load(patch)
+    with progress() as report:
+        found = export_peft(loaded, out, model, report)
+    show(adapter_json(found, loaded), adapter_text(found, loaded), as_json)
+
+
+@app.command()
 def demo(backend: BackendName = None, as_json: AsJson = False) -> None:
     """The main job on the real Gemma 3 270M, from its package, and a page of results."""
     from .demo import run_demo

@@ -40,7 +40,7 @@ class Executor:
     Attributes:
         architecture: what is run.
         arrays: the backend's primitives.
-        parameters: every slot's values, as the backend's arrays.
+        parameters: every slot's values, as the backend's arrays; read anew in every run.
         dtype: in which weights and activations are held.
     """
 
@@ -49,7 +49,7 @@ class Executor:
     parameters: Mapping[str, Array]
     dtype: str
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _slots: dict[int, dict[str, Array]] = field(default_factory=dict, repr=False)
+    _names: dict[int, dict[str, str]] = field(default_factory=dict, repr=False)
 
     @property
     def depth(self) -> int:
@@ -117,12 +117,13 @@ class Executor:
         key = (kind, wants, tuple(sorted(known)), layout.segments, flags, tuple(sorted(layout.past)))
         if key not in self._compiled:
             self._compiled[key] = self.arrays.jit(self._program(kind, wants, layout.segments, flags))
-        if layer not in self._slots:
-            names = {p.name: stored_name(self.architecture, layer, p.name) for p in self.graph(layer).parameters}
-            self._slots[layer] = {name: self.parameters[slot] for name, slot in names.items()}
+        if layer not in self._names:
+            parameters = self.graph(layer).parameters
+            self._names[layer] = {p.name: stored_name(self.architecture, layer, p.name) for p in parameters}
         past = {n: (p.args, p.positions) for n, p in layout.past.items()}
         factors = {n: self._factors(c) for n, c in changes.items()}
-        stored = {**self._slots[layer], **edited} if edited else self._slots[layer]
+        given = edited or {}
+        stored = {n: given[n] if n in given else self.parameters[s] for n, s in self._names[layer].items()}
         found = self._compiled[key](stored, dict(known), layout.positions, factors, past, layout.memory)
         return dict(zip(wants, found, strict=True))
 
@@ -176,7 +177,8 @@ class Executor:
 
     def _of(self, part: str) -> dict[str, Array]:
         """The parameters of the stem or of the final block, by their names there."""
-        return {n.removeprefix(f"{part}."): v for n, v in self.parameters.items() if n.startswith(f"{part}.")}
+        names = (n for n in self.parameters if n.startswith(f"{part}."))
+        return {n.removeprefix(f"{part}."): self.parameters[n] for n in names}
 
     def _tokenwise(self, part: str, block: Block) -> Any:
         """A program for what stands before or after the blocks and looks at one token at a time."""

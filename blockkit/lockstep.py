@@ -66,9 +66,9 @@ class BlockStepper:
         self.served = {name: Rows(name, n + self.first, n + q) for name in self.asked}
         self.kept = {name: Rows(name, n + q, n + 2 * q) for name in self.clean}
         self.wants = tuple(dict.fromkeys([self.onward, *self.served.values(), *self.kept.values()]))
-        positions = self.executor.positions(request.positions)
+        positions = self.executor.positions(request.reduced_positions)
         before = np.arange(n)
-        everywhere = self.executor.positions(np.concatenate([before, request.positions, request.positions]))
+        everywhere = self.executor.positions(np.concatenate([before, request.positions, request.reduced_positions]))
         self.packed = Layout(everywhere, (n + q, q))
         self.alone = Layout(positions, (q,))
 

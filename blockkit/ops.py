@@ -498,3 +498,26 @@ class Mix(Op):
 
     def vanishing(self, args: Sequence[Vanish]) -> Vanish:
         return Vanish.NEVER
+
+
+@dataclass(frozen=True)
+class Opaque(Op):
+    """A token-wise operation of which nothing is known: without laws, and with any zeros; planned around.
+
+    Front ends use it for what they cannot name. It has no numbers of its own.
+    """
+
+    width: Size
+    kind: ClassVar[str] = "opaque"
+
+    def infer(self, args: Sequence[Argument]) -> Shape:
+        return (self.width,)
+
+    def forward(self, xp: Arrays, args: Sequence[Any], layout: Layout) -> Array:
+        raise BadInput("an opaque node has no numbers of its own; it can be judged and planned around")
+
+    def fills(self, filled: Sequence[Reach], args: Sequence[Argument]) -> Reach:
+        return Reach.POINT
+
+    def vanishing(self, args: Sequence[Vanish]) -> Vanish:
+        return Vanish.ALL

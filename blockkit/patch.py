@@ -1,14 +1,13 @@
-"""Patches: a context as changed parameters, and the files that carry them.
+"""Patches: a context as changed parameters, and what is done with them.
 
-A file is safetensors: two factors for a matrix, a shift for a vector, never a dense change. Its header
-says which weights it was made for, for which tokens it is exact, and what error was measured.
+A patch holds two factors for a matrix and a shift for a vector, never a dense change; beside them, which
+weights it was made for, for which tokens it is exact, and what error was measured. `patch_file.py` has its file.
 """
 
 from __future__ import annotations
 
-import json
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,36 @@ import numpy as np
 
 from .checkpoint import Model, stored_name
 from .errors import BadInput
+from .in_place import Receipt, backend_of
 from .overlay import Change, MatrixChange, VectorChange, dense
-from .request import MODES
+from .patch_file import read_patch, write_patch
 from .weights.folder import write_folder
-
-FORMAT = "1"
-FACTS = {
-    "made_for": dict,
-    "strategy": str,
-    "tokens": str,
-    "context_length": int,
-    "query": list,
-    "dtype": str,
-    "measured": dict,
-}
 
 
 @dataclass(frozen=True)
 class Patch:
     """Changed parameters of one model, exact for named tokens.
 
+    A model in memory is edited by `apply` and restored by `remove`, or inside `with patch.applied(model):`; a model
+    saved there (`model.save_pretrained(folder)`) is an ordinary checkpoint with the patch merged.
+
     Attributes:
-        changes: by slot (`layers.3.mlp.down_proj`); float32.
+        changes: by slot; float32, in the orientation y = W z. A slot is a parameter of the kit's own models
+            (`layers.3.mlp.down_proj`), or the name that a model in memory has for it (`NAME[e]`: for the slice `e`
+            along its first axis, as of one expert).
         made_for: fingerprint of the model: its architecture and a hash of the weights that change.
         strategy: how the parameters were chosen.
         tokens: `last`, `each` or `all`.
-        context_length: positions before the query; the query runs at positions from here on.
-        query: the token ids for which the patch is exact, in this order.
+        context_length: positions before the query, which runs from here on (of several prompts: the most).
+        query: the token ids for which the patch is exact, in this order: `batch` prompts of one length.
         dtype: in which the model ran when the patch was made.
         measured: error of the edited model's ordinary run (`linf`, `tvd`, `top1_agree`).
+        batch: how many prompts the query is. A per-token change then has a row for each token, or for each prompt.
+        padding: how many tokens on the left of each prompt are no tokens; empty where there are none.
+        positions: the query's positions, as `query` is; empty where all follow `context_length` others.
+        transposed: slots whose stored tensor is `[d_in, d_out]`.
+        tensors: for a patch of the kit's own models, the weights of the checkpoint that are a slot and nothing
+            else; None where the slots are the model's own names.
     """
 
     changes: Mapping[str, Change]
@@ -56,20 +56,48 @@ class Patch:
     query: tuple[int, ...]
     dtype: str
     measured: Mapping[str, float]
+    batch: int = 1
+    padding: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    transposed: tuple[str, ...] = ()
+    tensors: Mapping[str, str] | None = None
     source: str = field(default="", compare=False)
 
     @property
+    def query_ids(self) -> np.ndarray:
+        """The query, `[batch, tokens]`."""
+        return np.array(self.query).reshape(self.batch, -1)
+
+    @property
+    def attention_mask(self) -> np.ndarray:
+        """1 for the query's tokens, 0 for what stands left of a shorter one, `[batch, tokens]`."""
+        places = np.arange(len(self.query) // self.batch)[None]
+        return (places >= self._padding[:, None]).astype(int)
+
+    @property
     def position_ids(self) -> np.ndarray:
-        """The query's positions, `[1, tokens]`."""
-        return np.arange(self.context_length, self.context_length + len(self.query))[None]
+        """The query's positions, `[batch, tokens]`: a prompt's first token stands where its context ended.
+
+        What stands left of a shorter prompt has position 0; nothing looks at it.
+        """
+        if self.positions:
+            return np.array(self.positions).reshape(self.batch, -1)
+        places = np.arange(len(self.query) // self.batch)[None] - self._padding[:, None]
+        return np.where(places < 0, 0, places + self.context_length)
+
+    @property
+    def _padding(self) -> np.ndarray:
+        return np.array(self.padding or [0] * self.batch)
 
     @property
     def validity(self) -> str:
         """For which tokens the patch is exact, in words."""
         served = {"last": "the last token", "each": "every token, each with its own patch", "all": "every token"}
-        start, stop = self.context_length, self.context_length + len(self.query) - 1
-        where = f"one query of {len(self.query)} token(s), at positions {start} to {stop}"
-        return f"exact for {served[self.tokens]} of {where}"
+        real = self.position_ids[self.attention_mask == 1]
+        where = f"{len(self.query) // self.batch} token(s), at positions {real.min()} to {real.max()}"
+        if self.batch == 1:
+            return f"exact for {served[self.tokens]} of one query of {where}"
+        return f"exact for {served[self.tokens]} of each of {self.batch} queries of up to {where}"
 
     @staticmethod
     def of(absorbed: Any, model: Model, dtype: str) -> Patch:
@@ -91,6 +119,8 @@ class Patch:
             tuple(int(i) for i in request.query),
             dtype,
             measured,
+            transposed=tuple(slot for slot in changes if model.parts[slot].transposed),
+            tensors=model.whole_weights(changes),
         )
 
     def save(self, path: str | Path) -> None:
@@ -99,32 +129,17 @@ class Patch:
         Raises:
             BadInput: the file cannot be written.
         """
-        from safetensors.numpy import save
-
-        target = Path(path)
-        header = {
-            "format": f"blockkit-patch {FORMAT}",
-            "validity": self.validity,
-            "patch": json.dumps(
-                {
-                    "made_for": dict(self.made_for), "strategy": self.strategy, "tokens": self.tokens,
-                    "context_length": self.context_length, "query": list(self.query), "dtype": self.dtype,
-                    "measured": dict(self.measured),
-                }
-            ),
+        facts = {
+            "made_for": dict(self.made_for), "strategy": self.strategy, "tokens": self.tokens,
+            "context_length": self.context_length, "query": list(self.query), "dtype": self.dtype,
+            "measured": dict(self.measured),
         }  # fmt: skip
-        partial = target.with_name(f".{uuid.uuid4().hex[:12]}.partial") if target.name else target
-        try:
-            if target.exists() and not target.is_file():
-                raise BadInput(f"cannot write {target}: it exists and is not an ordinary file")
-            try:
-                with partial.open("xb") as file:
-                    file.write(save(_tensors(self.changes), header))
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise BadInput(f"cannot write {target}: {error.strerror or error}") from None
+        more = {
+            "batch": self.batch if self.batch > 1 else None, "padding": list(self.padding) or None,
+            "positions": list(self.positions) or None, "transposed": list(self.transposed) or None,
+            "tensors": None if self.tensors is None else dict(self.tensors),
+        }  # fmt: skip
+        write_patch(Path(path), facts | {k: v for k, v in more.items() if v is not None}, self.validity, self.changes)
 
     @staticmethod
     def load(path: str | Path) -> Patch:
@@ -133,26 +148,43 @@ class Patch:
         Raises:
             BadInput: no such file, not a patch, or of a format that this version does not know.
         """
-        from safetensors import SafetensorError, safe_open
+        facts, changes = read_patch(Path(path))
+        return Patch(changes, **facts, source=str(path))
 
-        source = Path(path)
+    def apply(self, model: Any, merge: bool = True) -> Receipt:
+        """Puts the patch on a model in memory (a `torch.nn.Module`, say), or leaves it wholly as it was.
+
+        Args:
+            merge: into the weights; False keeps the changes beside them, as factors.
+
+        Raises:
+            BadInput: no framework's backend knows the model, the patch was made for another one or has no merged
+                form, or a parameter cannot be changed; the message names it.
+        """
+        if merge:
+            self.require_mergeable()
+        return backend_of(model).apply(self, model, merge)
+
+    def remove(self, model: Any) -> None:
+        """Takes the patch off a model in memory: every byte of every parameter is as it was before `apply`.
+
+        Raises:
+            BadInput: the patch is not on the model, or another one lies above it.
+        """
+        backend_of(model).remove(self, model)
+
+    @contextmanager
+    def applied(self, model: Any, merge: bool = True) -> Iterator[Receipt]:
+        """The model with the patch, for as long as the block runs, however it ends.
+
+        Raises:
+            BadInput: as for `apply`.
+        """
+        receipt = self.apply(model, merge)
         try:
-            if not source.is_file():
-                raise BadInput(f"no patch file at {source}")
-            with safe_open(source, framework="np") as file:
-                header = file.metadata() or {}
-                ours = header.get("format") == f"blockkit-patch {FORMAT}"
-                tensors = {key: file.get_tensor(key) for key in file.keys()} if ours else {}  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError) as error:
-            raise BadInput(f"{source} is not a readable safetensors file: {error}") from None
-        if not ours:
-            found = header.get("format", "no format at all")
-            raise BadInput(f"{source} is not a patch of format {FORMAT} (its header says {found})")
-        try:
-            facts = _facts(header["patch"])
-            return Patch(_changes(tensors, facts["tokens"] == "each"), **facts, source=str(source))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{source}: its header or tensors are damaged ({error})") from None
+            yield receipt
+        finally:
+            self.remove(model)
 
     def check(self, model: Model) -> None:
         """Refuses a model for which the patch was not made.
@@ -180,10 +212,12 @@ class Patch:
         """Refuses a patch that has no merged form.
 
         Raises:
-            BadInput: it holds different values for every token.
+            BadInput: it holds different values for every token or prompt.
         """
         if self.tokens == "each":
             raise BadInput("a patch of --tokens each holds different values for every token; it cannot be merged")
+        if any(change.per_token for change in self.changes.values()):
+            raise BadInput("the patch holds different values for every prompt of its batch; it cannot be merged")
 
     def merge_into(self, model: Model, out: Path) -> None:
         """Writes the model with the patch merged, as an ordinary Hugging Face checkpoint.
@@ -205,58 +239,8 @@ def _narrow(change: Change) -> Change:
     return VectorChange(np.ascontiguousarray(change.delta, np.float32), change.per_token)
 
 
-def _tensors(changes: Mapping[str, Change]) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    for slot, change in changes.items():
-        each = ".each" if change.per_token else ""
-        if isinstance(change, MatrixChange):
-            found[f"{slot}{each}.left"], found[f"{slot}{each}.right"] = change.left, change.right
-        else:
-            found[f"{slot}{each}.delta"] = change.delta
-    return found
-
-
 def _shape(change: Change) -> tuple[int, ...]:
     """The shape of the parameter that a static change fits."""
     if isinstance(change, MatrixChange):
         return change.left.shape[-1], change.right.shape[-1]
-    return change.delta.shape
-
-
-def _facts(text: str) -> dict[str, Any]:
-    """What the header says of a patch.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is damaged.
-    """
-    facts = json.loads(text)
-    for name, kind in FACTS.items():
-        if not isinstance(facts[name], kind):
-            raise ValueError(f"{name} is {facts[name]!r:.40}")
-    if facts["tokens"] not in MODES or facts["context_length"] < 1 or not facts["query"]:
-        raise ValueError("tokens, context_length or query is out of range")
-    return {**facts, "query": tuple(int(i) for i in facts["query"])}
-
-
-def _changes(tensors: Mapping[str, np.ndarray], each: bool) -> dict[str, Change]:
-    """The changes that the tensors of a file hold.
-
-    Raises:
-        KeyError, ValueError: a tensor is missing, or is none that a patch of this kind holds.
-    """
-    found: dict[str, Change] = {}
-    for key, value in tensors.items():
-        stem, part = key.rsplit(".", 1)
-        slot, per_token = stem.removesuffix(".each"), stem.endswith(".each")
-        if per_token != each or value.dtype != np.float32 or not np.isfinite(value).all():
-            raise ValueError(f"the tensor {key} does not hold what a patch of its kind does")
-        if part == "left":
-            right = tensors[f"{stem}.right"]
-            if value.ndim != 2 or right.ndim != 2 or len(value) != len(right):
-                raise ValueError(f"the factors of {slot} do not fit each other")
-            found[slot] = MatrixChange(value, right, per_token)
-        elif part == "delta":
-            found[slot] = VectorChange(value, per_token)
-        elif part != "right":
-            raise ValueError(f"unknown tensor {key}")
-    return found
+    return tuple(change.delta.shape)

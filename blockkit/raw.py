@@ -12,7 +12,7 @@ from .documents import Place, check_keys, mapping, name_at, placed, plain, shown
 from .errors import BadInput
 from .graph import Graph, Node, Parameter
 from .mixing import MixingOp
-from .ops import Activation, Add, Concat, LayerNorm, MatMul, Mix, Multiply, Op, RMSNorm, Scale, Slice, Softcap, Softmax
+from .ops import Activation, Add, Concat, LayerNorm, MatMul, Mix, Multiply, Op, Opaque, RMSNorm, Scale, Slice, Softcap, Softmax
 from .routing import Clamp, Repeat, TopK
 from .sizes import Size
 
@@ -56,7 +56,7 @@ OPS: Mapping[str, type[Op]] = {
     op.kind: op
     for op in (
         Add, Multiply, Scale, MatMul, RMSNorm, LayerNorm, Activation, Softcap, Softmax, Concat, Slice, TopK, Repeat,
-        Clamp, Mix,
+        Clamp, Mix, Opaque,
     )
 }  # fmt: skip
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from . import catalog
+from .adapter import Adapter
 from .compare import Comparison, Side
 from .explain import RULES, Explanation, derivation
 from .metrics import probabilities
+from .patch import Patch
 from .plan import Plan
 from .route import Route
 from .session import Result
@@ -209,6 +211,37 @@ def absorbed_text(result: Mapping[str, Any]) -> str:
         lines.append(
             "note: this patch is exact in the very arithmetic that it was made in, and sensitive to rounding: the "
             "same changes applied as factors are far off. To run the edited model elsewhere, use --strategy stable"
+        )
+    return "\n".join(lines)
+
+
+def adapter_json(adapter: Adapter, patch: Patch) -> dict[str, Any]:
+    """The JSON object of `export`."""
+    return {
+        "out": str(adapter.folder),
+        "format": "peft",
+        "ranks": dict(adapter.ranks),
+        "fan_in_fan_out": adapter.transposed,
+        "validity": patch.validity,
+        "position_ids": patch.position_ids.tolist(),
+        "measured": None if adapter.measured is None else dict(adapter.measured),
+    }
+
+
+def adapter_text(adapter: Adapter, patch: Patch) -> str:
+    """What was written, for which tokens it is exact, and whether that was looked at."""
+    ranks = ", ".join(map(str, sorted(set(adapter.ranks.values()))))
+    lines = [
+        f"wrote {adapter.folder}, a LoRA of rank {ranks} for {len(adapter.ranks)} modules; {patch.validity}",
+        "run it on the query alone, at these positions (position_ids)",
+    ]
+    if adapter.measured is None:
+        lines.append("not compared with the model: give --model to load it with peft and run it")
+    else:
+        found = adapter.measured
+        lines.append(
+            f"loaded by peft and run: largest error of a logit against the patched model {found['reloaded_linf']:.3g}, "
+            f"unpatched {found['unpatched_linf']:.3g}; same most probable token: {found['top1_agree']:.0%}"
         )
     return "\n".join(lines)
 

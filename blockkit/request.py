@@ -16,14 +16,17 @@ class Request:
     """What is to be absorbed, and for which tokens the result is to be exact.
 
     Attributes:
-        context, query: token ids `[n]`; the context is what is removed, the query stays at its positions.
+        context, query: token ids `[n]`; the context is what is removed, the query stays.
         tokens: `last` (one patch, for the query's last token), `each` (a patch a token) or `all`
             (one static patch for all query tokens).
+        start: the position of the query's first token when it runs alone; None for the one it has behind the
+            context. The patch is exact for a run from there, whatever positions mean to the model.
     """
 
     context: np.ndarray
     query: np.ndarray
     tokens: str = "last"
+    start: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens not in MODES:
@@ -37,6 +40,11 @@ class Request:
     def positions(self) -> np.ndarray:
         """The query's positions in the contextual sequence."""
         return np.arange(len(self.context), len(self.context) + len(self.query))
+
+    @property
+    def reduced_positions(self) -> np.ndarray:
+        """The query's positions when it runs alone."""
+        return self.positions if self.start is None else np.arange(self.start, self.start + len(self.query))
 
     @property
     def served(self) -> np.ndarray:

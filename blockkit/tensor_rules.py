@@ -63,6 +63,16 @@ class Part:
             view[...] = part.reshape(view.shape)
 
     @property
+    def whole(self) -> bool:
+        """Whether one tensor holds the slot and nothing else."""
+        return len(self.tensors) == 1 and self.shape is None and not self.index
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a matrix is stored `[d_in, d_out]`."""
+        return self.axes == (1, 0)
+
+    @property
     def _one(self) -> Shape:
         """The shape of what one tensor gives."""
         return tuple(n // len(self.tensors) if i == self.axis else n for i, n in enumerate(self.slot))

@@ -1,0 +1,250 @@
+"""Absorb a context into a model in memory: Algorithm 1, and its proof by an ordinary run of the edited model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blockkit.algorithm import LOOSEST
+from blockkit.errors import BadInput, ExactnessLost
+from blockkit.lockstep import EPS
+from blockkit.metrics import Comparison, compare
+from blockkit.overlay import Change, MatrixChange, VectorChange
+from blockkit.patch import Patch
+from blockkit.request import MODES
+
+from .calling import Interface, logits_of
+from .editing import fingerprint
+from .lockstep import Solver, Task, plans
+from .observe import Chosen
+from .patch import TorchPatch
+from .prompts import Prompt, joined, require_ready
+from .traced import Traced, trace
+from .watching import Rows, Seen, Watcher
+
+Retained = Tensor | Iterable[int] | slice
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The two runs that are to agree.
+
+    Attributes:
+        contextual: everything.
+        reduced: what stays; its last tokens are the query's.
+        served: how many of the last tokens are to be exact.
+        more: further arguments of the contextual call, and of the reduced one.
+    """
+
+    contextual: Prompt
+    reduced: Prompt
+    served: int
+    more: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+
+
+def absorb(
+    model: nn.Module,
+    context: Tensor,
+    query: Tensor,
+    *,
+    strategy: str | None = None,
+    tokens: str = "last",
+    retain: Retained | None = None,
+    merge: bool = False,
+    freeze: Iterable[str] = (),
+    context_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    decoder_input_ids: Tensor | None = None,
+    context_inputs: Mapping[str, Any] | None = None,
+    example: Any = None,
+) -> TorchPatch:
+    """Absorbs the context into the parameters that the strategy chooses, in place of running it again.
+
+    With `patch.applied(model)`, `model(query, position_ids=patch.position_ids)` gives what
+    `model(torch.cat([context, query], 1))` gave on the query's tokens. The model itself is left as it was.
+
+    Args:
+        context: what is removed: ids `[batch, n]`, or embeddings `[batch, n, d_model]` of anything (images).
+        query: what stays, at its positions: ids `[batch, q]` (or embeddings). Several prompts each get changes of
+            their own, except with `tokens="all"`, where one set of weights serves all of them.
+        strategy: `paper`, `minimal`, `matrix`, `stable` or `joint`; by default `stable`, or `joint` for many tokens.
+        tokens: `last` (for the query's last token), `each` (for every token a patch of its own) or `all` (one static
+            patch for all of them).
+        retain: places in the context that stay: they run before the query, through the edited weights.
+        merge: solve for weights into which the change is rounded, which also takes up what that rounding leaves.
+        freeze: globs of parameter names, within a block, that may not move.
+        context_mask, query_mask: `[batch, n]`, `[batch, q]`, 0 for padding on the left.
+        decoder_input_ids: `[batch, t]`, for an encoder-decoder model: context and query are then what the encoder
+            reads, and the patch is exact for the decoder's tokens.
+        context_inputs: further arguments of the contextual call (`pixel_values`).
+        example: see `trace`.
+
+    Raises:
+        BadInput: something given does not fit; the message says what is allowed.
+        NotPatchable: a block has no route that serves that many tokens.
+        ConditionViolated: a value condition does not hold at some block.
+        ExactnessLost: the edited model's own run does not reproduce the contextual one.
+    """
+    interface = require_ready(model)
+    if tokens not in MODES:
+        raise BadInput(f"tokens={tokens!r}; allowed are {', '.join(MODES)}")
+    runs = _runs(model, context, query, retain, (context_mask, query_mask), decoder_input_ids, tokens, context_inputs)
+    task = _task(runs, strategy, tokens, merge, freeze)
+    traced = trace(model, example)
+    capacity = None if task.per_row else runs.reduced.batch * runs.served
+    chosen = plans(traced, task, capacity)
+    rows = Rows(runs.reduced.batch, runs.served)
+    with torch.no_grad():
+        wanted, target = contextual_run(model, interface, traced, chosen, runs, rows)
+        solver = Solver(
+            model, traced, rows, chosen, task=task, target=target, capacity=capacity,
+            eps=EPS[_dtype(model)], stored=_originals(model),
+        )  # fmt: skip
+        with solver.watching():
+            call(model, interface, runs.reduced, rows.tokens, runs.more[1])
+        patch = _patch(model, interface, runs, task, solver, tokens, context, query)
+        with patch.applied(model, merge=merge):
+            own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
+    measured = compare(_real(own, runs), _real(wanted, runs))
+    _insist(measured, wanted, _dtype(model))
+    return replace(patch, measured={k: getattr(measured, k) for k in ("linf", "tvd", "top1_agree")})
+
+
+def contextual_run(
+    model: nn.Module, interface: Interface, traced: Traced, chosen: Mapping[int, Chosen | None], runs: Runs, rows: Rows
+) -> tuple[Tensor, dict[int, Seen]]:
+    """The logits `[batch, served, vocabulary]` of the contextual run, and what every block showed."""
+    watcher = Watcher(model, traced, rows, chosen)
+    with watcher.watching():
+        logits = call(model, interface, runs.contextual, rows.tokens, runs.more[0])
+    return logits, watcher.seen
+
+
+def call(model: nn.Module, interface: Interface, prompt: Prompt, keep: int, more: Mapping[str, Any]) -> Tensor:
+    """An ordinary run: the logits of the last `keep` tokens, `[batch, keep, vocabulary]`."""
+    args, kwargs = interface.inputs(prompt.value, **prompt.options(logits_to_keep=keep))
+    return logits_of(model(*args, **{**kwargs, **more}))[:, -keep:]
+
+
+def _runs(
+    model: nn.Module, context: Tensor, query: Tensor, retain: Retained | None,
+    masks: tuple[Tensor | None, Tensor | None], decoder: Tensor | None, tokens: str,
+    context_inputs: Mapping[str, Any] | None,
+) -> Runs:  # fmt: skip
+    whole = joined(model, context, query, masks)
+    n, q = int(context.shape[1]), int(query.shape[1])
+    reduced = whole.kept(torch.cat([_places(retain, n).to(whole.value.device), torch.arange(n, n + q, device=whole.value.device)]))
+    if not query.is_floating_point() and whole.value.is_floating_point() and retain is None:
+        reduced = replace(reduced, value=query)  # the ordinary call of the edited model reads ids
+    own = {} if decoder is None else {"decoder_input_ids": decoder}
+    more = {**own, **(context_inputs or {})}, own
+    length = q if decoder is None else int(decoder.shape[1])
+    return Runs(whole, reduced, 1 if tokens == "last" else length, more)
+
+
+def _places(retain: Retained | None, n: int) -> Tensor:
+    """The places of the retained context tokens, in order."""
+    if retain is None:
+        return torch.arange(0)
+    if isinstance(retain, slice):
+        return torch.arange(n)[retain]
+    found = retain if isinstance(retain, Tensor) else torch.as_tensor(list(retain))
+    if found.dtype == torch.bool:
+        if tuple(found.shape) != (n,):
+            raise BadInput(f"retain as a mask must have one entry for each of the {n} context tokens")
+        found = found.nonzero().flatten()
+    found = found.long().cpu()
+    if found.numel() and not (0 <= int(found.min()) and int(found.max()) < n and bool((found.diff() > 0).all())):
+        raise BadInput(f"retain must be places in the context, from 0 to {n - 1}, in order and each once")
+    if found.numel() == n:
+        raise BadInput("the whole context is retained: there is nothing to absorb")
+    return found
+
+
+def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, freeze: Iterable[str]) -> Task:
+    per_row = tokens == "each" or (tokens == "last" and runs.reduced.batch > 1)
+    if merge and per_row:
+        raise BadInput("changes that differ between tokens or prompts cannot be merged; leave merge=False")
+    mask = runs.reduced.mask
+    ignored = None
+    if mask is not None and tokens != "last":
+        ignored = (mask[:, -runs.served :] == 0).reshape(-1).cpu().numpy()
+        ignored = ignored if ignored.any() else None
+    return Task(strategy, per_row, merge, ignored, tuple(freeze))
+
+
+def _originals(model: nn.Module) -> Any:
+    stored = dict(model.named_parameters(remove_duplicate=False))
+    return lambda name: stored[name]
+
+
+def _patch(
+    model: nn.Module, interface: Interface, runs: Runs, task: Task, solver: Solver, tokens: str, context: Tensor, query: Tensor
+) -> TorchPatch:
+    changes = {name: _narrow(change) for name, change in solver.changes.items()}
+    transposed = tuple(
+        block.full(p) for block in solver.traced.blocks for p, lies in block.stored.items()
+        if lies.transposed and block.full(p) in changes
+    )  # fmt: skip
+    reduced = runs.reduced
+    ids = reduced.value if not reduced.value.is_floating_point() else torch.full(reduced.value.shape[:2], -1)
+    positions = reduced.positions if "position_ids" in interface.takes else torch.arange(reduced.length).expand_as(ids)
+    padding = () if reduced.mask is None else tuple(int(p) for p in (reduced.mask == 0).sum(1))
+    return TorchPatch(
+        changes,
+        fingerprint(model, list(changes)),
+        ", ".join(sorted(solver.strategies)),
+        tokens,
+        int(context.shape[1]),
+        tuple(int(i) for i in ids.flatten().tolist()),
+        _dtype(model),
+        {},
+        batch=reduced.batch,
+        padding=padding,
+        positions=tuple(int(i) for i in positions.flatten().tolist()),
+        transposed=transposed,
+        device=str(reduced.value.device),
+    )
+
+
+def _narrow(change: Change) -> Change:
+    """The change as files hold it: float32."""
+    if isinstance(change, MatrixChange):
+        left, right = (np.ascontiguousarray(f, np.float32) for f in (change.left, change.right))
+        return MatrixChange(left, right, change.per_token)
+    return VectorChange(np.ascontiguousarray(change.delta, np.float32), change.per_token)
+
+
+def _real(logits: Tensor, runs: Runs) -> np.ndarray:
+    """The rows of tokens that are no padding, `[rows, vocabulary]`, on the host."""
+    mask = runs.reduced.mask
+    flat = logits.float() if logits.dtype != torch.float64 else logits
+    if mask is not None and logits.shape[1] > 1:
+        flat = flat[mask[:, -logits.shape[1] :] == 1]
+    return np.asarray(flat.reshape(-1, logits.shape[-1]).cpu().numpy())
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtype in which the model computes: of its widest matrices' parameters, the first."""
+    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    name = str(found).removeprefix("torch.")
+    if name not in EPS:
+        raise BadInput(f"the model's parameters are {name}; allowed are {', '.join(EPS)}")
+    return name
+
+
+def _insist(measured: Comparison, wanted: Tensor, dtype: str) -> None:
+    scale = float(wanted.abs().max())
+    if not measured.linf <= LOOSEST[dtype] * scale:
+        raise ExactnessLost(
+            f"the edited model's own run is {measured.linf:.3g} away from the contextual logits (which reach "
+            f"{scale:.3g}): the plan is ill-conditioned here in {dtype}; choose another strategy or dtype"
+        )
+
+
+__all__ = ["Patch", "absorb"]

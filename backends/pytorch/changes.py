@@ -1,0 +1,119 @@
+"""What a changed parameter gives: factors kept beside it, or merged into it.
+
+Factored, a change is added to what a call gives, y = W z + U^T (V z), and no dense matrix is formed. Merged, W + U^T V is
+worked out in float64, rows of it at a time, and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockkit.errors import BadInput
+from blockkit.overlay import Change, MatrixChange, VectorChange
+
+from .parameters import Event
+from .translate import Stored
+
+PIECE = 1 << 20  # numbers of a matrix that are worked on at a time
+
+
+def rows_in_place(tensor: Tensor, stored: Stored) -> Tensor:
+    """A parameter's tensor as the graph sees it: `[d_out, d_in]` or `[width]`, a view of it."""
+    if stored.transposed:
+        return tensor.reshape(stored.shape[::-1]).t()
+    return tensor.reshape(stored.shape)
+
+
+def merged_value(parameter: Tensor, change: Change, transposed: bool) -> Tensor:
+    """The parameter with a static change added, in its own shape and dtype, rounded once."""
+    if isinstance(change, VectorChange):
+        delta = torch.as_tensor(np.asarray(change.delta), dtype=torch.float64, device=_wide_device(parameter))
+        return (parameter.detach().to(delta) + delta.reshape(parameter.shape)).to(parameter)
+    left, right = (np.asarray(f, np.float64) for f in (change.left, change.right))
+    first, second = (right, left) if transposed else (left, right)
+    device = _wide_device(parameter)
+    a, b = (torch.as_tensor(f, dtype=torch.float64, device=device) for f in (first, second))
+    matrix = parameter.detach().reshape(a.shape[1], b.shape[1])
+    found = torch.empty_like(matrix)
+    step = max(1, PIECE // b.shape[1])
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        found[rows] = (matrix[rows].to(device=device, dtype=torch.float64) + a[:, rows].t() @ b).to(found)
+    return found.reshape(parameter.shape)
+
+
+def _wide_device(parameter: Tensor) -> torch.device:
+    """Where float64 can be worked in: the parameter's own device, except for those without float64."""
+    return torch.device("cpu") if parameter.device.type == "mps" else parameter.device
+
+
+def changed_result(
+    event: Event, changes: Mapping[str, Change], transposed: Collection[str], batch: int, stored: Callable[[str], Tensor]
+) -> Tensor:
+    """What the call gives when its parameters are changed, the changes kept as factors.
+
+    Args:
+        changes: by name; one with `per_token` holds a row for each token of the batch, or one for each sequence.
+        transposed: the names of those stored as `[d_in, d_out]`.
+        batch: how many sequences the call works on.
+        stored: the parameters as they are.
+    """
+    whole: dict[str, Tensor] = {}
+    beside: list[str] = []
+    for name, change in changes.items():
+        fits = isinstance(change, MatrixChange) and event.product(name) is not None
+        if change.per_token or fits:
+            beside.append(name)
+        else:
+            whole[name] = merged_value(stored(name), change, name in transposed)
+    output = event.with_values(whole) if whole else event.output
+    for name in beside:
+        output = output + _added(event, name, changes[name], batch, output, stored).to(output.dtype)
+    return output
+
+
+def _added(
+    event: Event, name: str, change: Change, batch: int, output: Tensor, stored: Callable[[str], Tensor]
+) -> Tensor:
+    """What a change kept beside its parameter adds to the call's result."""
+    if isinstance(change, MatrixChange):
+        product = event.product(name)
+        if product is None:
+            raise BadInput(f"{name} is not read as a matrix product, so it cannot have a value for each token")
+        z = product.z.to(_wide(product.z.dtype))
+        left, right = (torch.as_tensor(np.asarray(f), dtype=z.dtype, device=z.device) for f in (change.left, change.right))
+        if not change.per_token:
+            return (z @ right.t()) @ left
+        right, left = (_placed(f, z, batch, name) for f in (right, left))
+        return (z * right).sum(-1, keepdim=True) * left
+    delta = torch.as_tensor(np.asarray(change.delta), dtype=_wide(output.dtype), device=output.device)
+    rows = _placed(delta, output, batch, name)
+    return rows * _slope(event, name, output, stored(name)).to(rows.dtype)
+
+
+def _placed(rows: Tensor, value: Tensor, batch: int, name: str) -> Tensor:
+    """Rows for each token, or each sequence, so that they fit `value [..., width]`."""
+    tokens = value.numel() // value.shape[-1]
+    if len(rows) == tokens:
+        return rows.reshape(*value.shape[:-1], -1)
+    if len(rows) == batch and value.shape[0] == batch:
+        return rows.reshape(batch, *[1] * (value.dim() - 2), -1)
+    raise BadInput(
+        f"the patch holds {len(rows)} rows for {name}, one for each token (or sequence) that it was made for; "
+        f"this run has {tokens}"
+    )
+
+
+def _slope(event: Event, name: str, output: Tensor, parameter: Tensor) -> Tensor:
+    """By what a vector is multiplied on its way to the result, `[..., width]`: the result grows by slope * delta."""
+    wide = _wide(output.dtype)
+    once, never = (event.with_values({name: fill(parameter)}) for fill in (torch.ones_like, torch.zeros_like))
+    return once.to(wide) - never.to(wide)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -1,0 +1,173 @@
+"""One block as an exported program with numbers: what the translation to a graph reads.
+
+The block is copied, its parameters are drawn at random (a gate that training left at zero would hide what lies
+behind it) and the copy is exported by `torch.export`. Every value of the program is then worked out for a random
+stream, so that whatever is said of an operation can be held against numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from blockkit.errors import BadInput, blamed
+
+from .capture import Call, replaced
+from .calling import leaves
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A block's program and the values in it.
+
+    Attributes:
+        nodes: the program, in order.
+        values: what every node gives, for one random stream.
+        parameters: the nodes that stand for parameters, by name in the block.
+        stream: the node that is the residual stream.
+        memory: nodes of other sequences that the block reads (an encoder's result).
+        output: the node that is the stream after the block.
+        tokens: how many there are.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    values: dict[fx.Node, Any]
+    parameters: Mapping[fx.Node, str]
+    stream: fx.Node
+    memory: frozenset[fx.Node]
+    output: fx.Node
+    tokens: int
+
+    def replay(self, nodes: Iterable[fx.Node], given: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """The values of `nodes` (in order) when some others have the values in `given`."""
+        found = dict(given)
+
+        def value(node: fx.Node) -> Any:
+            return found[node] if node in found else self.values[node]
+
+        with torch.no_grad():
+            for node in nodes:
+                args = fx.map_arg(node.args, value)
+                found[node] = node.target(*args, **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+        return found
+
+
+def export(call: Call, tokens: int) -> Exported:
+    """The block of `call`, exported with random parameters in float32 on the CPU.
+
+    Raises:
+        BadInput: `torch.export` cannot trace the block; the message says why.
+    """
+    rng = torch.Generator().manual_seed(0)
+    twin, args, kwargs = _twin(call, rng)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(twin, args, kwargs, strict=False).run_decompositions({})
+        except Exception as error:
+            where = call.path or type(call.module).__name__
+            raise BadInput(f"the block {where} cannot be traced by torch.export: {blamed(error)}") from error
+    return _with_values(program, call, twin, args, kwargs, tokens)
+
+
+def _twin(call: Call, rng: torch.Generator) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A copy of the block with random numbers, and arguments for it."""
+    where = call.path or type(call.module).__name__
+    try:
+        module = copy.deepcopy(call.module)
+    except Exception as error:
+        raise BadInput(f"the block {where} cannot be copied: {blamed(error)}") from error
+    module = module.to_empty(device="cpu") if _on_meta(module) else module.to("cpu")
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(_drawn(parameter, rng), parameter.is_floating_point())
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                part._buffers[name] = buffer.float()
+    stream = torch.randn(call.value.shape, generator=rng)
+    args, kwargs = call.called_with(stream)
+    return module.eval(), tuple(_plain(a) for a in args), {k: _plain(v) for k, v in kwargs.items()}
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(t.is_meta for t in [*module.parameters(), *module.buffers()])
+
+
+def _drawn(parameter: Tensor, rng: torch.Generator) -> Tensor:
+    """Matrices of order 1 / sqrt(d_in), vectors around one."""
+    if not parameter.is_floating_point():
+        return parameter.cpu()
+    drawn = torch.randn(parameter.shape, generator=rng)
+    return drawn / max(1, parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 1 + 0.3 * drawn
+
+
+def _plain(value: Any) -> Any:
+    """An argument on the CPU, in float32."""
+    if isinstance(value, Tensor):
+        moved = value.detach().cpu() if not value.is_meta else torch.zeros(value.shape, dtype=value.dtype)
+        return moved.float() if moved.is_floating_point() else moved
+    if isinstance(value, tuple | list):
+        parts = [_plain(v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _with_values(
+    program: Any, call: Call, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
+) -> Exported:
+    stored: dict[str, Any] = {**program.state_dict, **program.constants}
+    values: dict[fx.Node, Any] = {}
+    parameters: dict[fx.Node, str] = {}
+    inputs = iter(leaves((args, kwargs)))
+    given: dict[fx.Node, Any] = {}
+    nodes = list(program.graph.nodes)
+    placeholders = {s.arg.name: s for s in program.graph_signature.input_specs}
+    for node in nodes:
+        if node.op != "placeholder":
+            continue
+        spec = placeholders[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            values[node] = given[node] = next(inputs)
+            continue
+        values[node] = stored[spec.target]
+        if spec.kind is InputKind.PARAMETER:
+            parameters[node] = spec.target
+    value = args[call.stream] if isinstance(call.stream, int) else kwargs[call.stream]
+    stream = next(n for n, v in given.items() if v is value)
+    memory = frozenset(n for n, v in given.items() if _other_sequence(v, tokens, value))
+    calls = tuple(n for n in nodes if n.op == "call_function")
+    gets = [n for n in nodes if n.op == "get_attr"]
+    values.update({n: getattr(program.graph_module, n.target) for n in gets})
+    found = Exported(calls, values, parameters, stream, memory, stream, tokens)
+    values.update(found.replay(calls, {}))
+    return Exported(calls, values, parameters, stream, memory, _result(program, call, nodes), tokens)
+
+
+def _other_sequence(value: Any, tokens: int, stream: Tensor) -> bool:
+    """Whether an argument holds vectors of other tokens than the stream's: what cross-attention reads."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 3:
+        return False
+    return tokens not in value.shape and value.shape[0] == stream.shape[0] and value.shape[1] > 1
+
+
+def _result(program: Any, call: Call, nodes: list[fx.Node]) -> fx.Node:
+    """The node of the stream after the block; results stand in the program in the order of the leaves."""
+    returned = next(n for n in nodes if n.op == "output").args[0]
+    shape = tuple(call.out.shape)
+    for node in returned:
+        if isinstance(node, fx.Node) and tuple(getattr(node.meta.get("val"), "shape", ())) == shape:
+            return node
+    raise BadInput(f"the block {call.path}: its exported program does not give the residual stream")
+
+
+__all__ = ["Exported", "export", "replaced"]

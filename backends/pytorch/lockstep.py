@@ -1,0 +1,230 @@
+"""Algorithm 1 (arXiv 2511.17864) inside the model's own forward.
+
+The contextual run shows every block's target. The reduced run then solves each step of a block's plan at the moment
+when the model's code reads that parameter, from the run's actual values up to there, and goes on with what the changed
+parameter gives: one reduced run patches every block, and the next block starts from the patched block's own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockkit.errors import ConditionViolated, NotPatchable
+from blockkit.graph import Graph
+from blockkit.lockstep import EPS
+from blockkit.overlay import Change, dense, plus
+from blockkit.route import Step
+from blockkit.solve import Operands, solve_step
+
+from .changes import changed_result, merged_value, rows_in_place
+from .observe import Chosen, Values, choose
+from .parameters import Event
+from .traced import Traced, in_context
+from .translate import Tap
+from .watching import Seen, Watcher, host
+
+SAME = 1e-3  # relative difference up to which two residual streams are one, but for rounding
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of a reduced run.
+
+    Attributes:
+        strategy: how routes are chosen; None for the default.
+        per_row: each served row has a change of its own, in place of one for all.
+        merge: changes are rounded into the weights, in place of being kept beside them as factors.
+        ignored: `[rows]`, rows that hold padding; None where there are none.
+        frozen: parameters that may not move, by name in the block.
+    """
+
+    strategy: str | None
+    per_row: bool
+    merge: bool
+    ignored: np.ndarray | None = None
+    frozen: tuple[str, ...] = ()
+
+
+def plans(traced: Traced, task: Task, capacity: int | None) -> dict[int, Chosen | None]:
+    """A plan for every block whose input is restored; None where there is none, which a later block may make up for.
+
+    Raises:
+        NotPatchable: the last block that the context reaches has none.
+    """
+    known: dict[Graph, Chosen | NotPatchable] = {}
+    found: dict[int, Chosen | None] = {}
+    problem: NotPatchable | None = None
+    for place, block in enumerate(traced.blocks):
+        graph = block.graph if problem is None else in_context(block.graph)
+        if graph not in known:
+            known[graph] = _chosen(graph, block.taps, task, capacity)
+        chosen = known[graph]
+        found[place] = chosen if isinstance(chosen, Chosen) else None
+        problem = None if isinstance(chosen, Chosen) else NotPatchable(f"{block.path or 'the model'}: {chosen}")
+    if problem is not None:
+        raise problem
+    return found
+
+
+def _chosen(graph: Graph, taps: tuple[Tap, ...], task: Task, capacity: int | None) -> Chosen | NotPatchable:
+    try:
+        return choose(graph, taps, task.strategy, capacity, task.frozen)
+    except NotPatchable as error:
+        return error
+
+
+@dataclass
+class Solver(Watcher):
+    """The reduced run: solves for a parameter when it is read.
+
+    Attributes:
+        task: what is asked.
+        target: what the contextual run showed, by place.
+        capacity: how many tokens one static change has to serve; None where each has its own.
+        changes: the changes found, by name in the state dict.
+        strategies: those of the plans that were carried out.
+    """
+
+    task: Task = field(default_factory=lambda: Task(None, False, False))
+    target: Mapping[int, Seen] = field(default_factory=dict)
+    capacity: int | None = 1
+    eps: float = EPS["float32"]
+    stored: Callable[[str], Tensor] = field(default=lambda name: torch.empty(0))
+    changes: dict[str, Change] = field(default_factory=dict)
+    residuals: dict[int, float] = field(default_factory=dict)
+    using: dict[int, Chosen] = field(default_factory=dict)
+    strategies: set[str] = field(default_factory=set)
+
+    def entered(self, place: int, stream: Tensor) -> None:
+        """See `Watcher`; a stream that is not the contextual one is a block's own matter to make up for."""
+        super().entered(place, stream)
+        chosen = self.chosen.get(place)
+        if chosen is None:
+            return
+        mine, wanted = (seen[place].shown[self.stream_name] for seen in (self.seen, self.target))
+        graph = self.traced.blocks[place].graph
+        if chosen.plan.graph.input == graph.input and _apart(mine, wanted, self.task.ignored) > SAME:
+            block = self.traced.blocks[place]
+            found = _chosen(in_context(graph), block.taps, self.task, self.capacity)
+            if isinstance(found, NotPatchable):
+                raise NotPatchable(
+                    f"{block.path or 'the model'}: what it reads differs between the two runs (positions or other "
+                    f"inputs are not the same), and then {found}"
+                )
+            chosen = found
+        self.using[place] = chosen
+
+    stream_name = "stream"
+
+    def left(self, place: int, stream: Tensor) -> None:
+        """See `Watcher`; measures what the patched block misses."""
+        super().left(place, stream)
+        output = self.traced.blocks[place].graph.output
+        mine, wanted = self.seen[place].shown[output], self.target[place].shown[output]
+        self.residuals[place] = _apart(mine, wanted, self.task.ignored)
+
+    def read(self, tap: Tap, event: Event) -> Tensor | None:
+        """Solves the steps that move what this call reads, and gives what it then gives."""
+        output = event.output
+        self.note(tap, event, output)
+        chosen = self.using.get(self.place)
+        steps = [s for s in chosen.plan.route.steps if s.parameter in tap.parameters] if chosen is not None else []
+        if chosen is None or not steps:
+            return None
+        for step in steps:
+            self._solve(chosen, step)
+            output = self._changed(tap, event)
+            self.seen[self.place].shown[tap.output[0]] = self.rows.of(output, tap.output[1]).clone()
+        self.strategies.add(chosen.plan.strategy)
+        return output
+
+    def _solve(self, chosen: Chosen, step: Step) -> None:
+        graph, block = chosen.plan.graph, self.traced.blocks[self.place]
+        name = block.full(step.parameter)
+        actual = self._values(graph, self.seen[self.place])
+        wanted = self._wanted(graph, actual)
+        run = Operands(wanted, actual, self._stored, self.eps)
+        try:
+            change = solve_step(step, graph, run, self.task.per_row)
+        except ConditionViolated as error:
+            raise ConditionViolated(
+                f"{block.path or 'the model'}: {error}",
+                node=error.node, parameter=name, coordinates=error.coordinates, size=error.size,
+            ) from None  # fmt: skip
+        self.changes[name] = plus(self.changes.get(name), change)
+
+    def _values(self, graph: Graph, seen: Seen) -> Values:
+        shown = {n: host(v) for n, v in seen.shown.items() if n in graph.node or n == graph.input}
+        return Values(graph, shown, _Parameters(graph, self._stored))
+
+    def _wanted(self, graph: Graph, actual: Values) -> Mapping[str, np.ndarray]:
+        """The contextual values; of rows that hold padding, the actual ones, so that nothing is asked of them."""
+        wanted = self._values(graph, self.target[self.place])
+        return wanted if self.task.ignored is None else _Masked(wanted, actual, self.task.ignored)
+
+    def _stored(self, parameter: str) -> np.ndarray:
+        """A parameter of the current block as the reduced run uses it, `[d_out, d_in]` or `[width]`."""
+        block = self.traced.blocks[self.place]
+        name = block.full(parameter)
+        original = rows_in_place(self.stored(name), block.stored[parameter])
+        found = np.asarray(original.detach().to(device="cpu", dtype=torch.float64).numpy())
+        change = self.changes.get(name)
+        return dense(found, change) if change is not None and not self.task.per_row else found
+
+    def _changed(self, tap: Tap, event: Event) -> Tensor:
+        """What the call gives with the changes found so far."""
+        block = self.traced.blocks[self.place]
+        moved = {n: self.changes[n] for p in sorted(tap.parameters) if (n := block.full(p)) in self.changes}
+        lies = {block.full(p): block.stored[p] for p in tap.parameters}
+        if self.task.merge:
+            values = {n: merged_value(self.stored(n), c, lies[n].transposed) for n, c in moved.items()}
+            return event.with_values(values)
+        turned = [n for n in moved if lies[n].transposed]
+        return changed_result(event, moved, turned, self.rows.batch, self.stored)
+
+
+class _Parameters(Mapping[str, np.ndarray]):
+    """A block's parameters, fetched when asked for."""
+
+    def __init__(self, graph: Graph, fetch: Callable[[str], np.ndarray]) -> None:
+        self.graph, self.fetch = graph, fetch
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.fetch(name)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.graph.parameter)
+
+    def __len__(self) -> int:
+        return len(self.graph.parameter)
+
+
+class _Masked(Mapping[str, np.ndarray]):
+    """Contextual values, with the actual ones in some rows."""
+
+    def __init__(self, wanted: Values, actual: Values, ignored: np.ndarray) -> None:
+        self.wanted, self.actual, self.ignored = wanted, actual, ignored
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.where(self.ignored[:, None], self.actual[name], self.wanted[name])
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.wanted)
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+
+def _apart(mine: Tensor, wanted: Tensor, ignored: np.ndarray | None) -> float:
+    """max |mine - wanted| / max |wanted| over the rows that count."""
+    if ignored is not None:
+        kept = torch.as_tensor(~ignored, device=mine.device)
+        mine, wanted = mine[kept], wanted[kept]
+    size = wanted.abs().max()
+    apart = (mine.float() - wanted.float()).abs().max()
+    return float(apart / size) if size else float(apart)

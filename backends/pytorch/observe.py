@@ -1,0 +1,142 @@
+"""What a run of the model itself shows of a block's values, and which plans can be solved from that.
+
+A run shows the block's input and output and, at every tap, what a call that reads parameters is given and gives.
+What lies between follows from the graph, on the few rows that are served, without reading a weight again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from blockkit.arrays import NumpyArrays
+from blockkit.errors import BadInput, NotPatchable
+from blockkit.graph import Graph
+from blockkit.layout import Layout
+from blockkit.ops import Add, MatMul, Opaque
+from blockkit.plan import STRATEGIES, Plan, make_plan
+from blockkit.route import Step
+from blockkit.solve import asks, reads
+
+from .translate import STREAM, Tap
+
+
+class Values(Mapping[str, np.ndarray]):
+    """Values of nodes, `[rows, width]` in float64: those shown by the run, and those that follow from them."""
+
+    def __init__(self, graph: Graph, shown: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray]) -> None:
+        self.graph, self.found, self.parameters = graph, dict(shown), parameters
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.found and (whole := biased(self.graph, name)) in self.found:
+            self.found[name] = self.found[whole] - self.parameters[self.graph.node[whole].args[1]]
+        if name not in self.found:
+            node = self.graph.node[name]
+            args = [self.parameters[a] if a in self.graph.parameter else self[a] for a in node.args]
+            rows = next((len(a) for a in self.found.values()), 1)
+            self.found[name] = node.op.forward(NumpyArrays(), args, Layout(None, (rows,)))
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.graph.node)
+
+    def __len__(self) -> int:
+        return len(self.graph.node)
+
+
+def biased(graph: Graph, name: str) -> str:
+    """The sum of a matrix product and its bias, which one call gives; the product's own name if it has none."""
+    readers = graph.uses.get(name, ())
+    if len(readers) == 1 and isinstance(graph.node[name].op if name in graph.node else None, MatMul):
+        reader = graph.node[readers[0][0]]
+        if isinstance(reader.op, Add) and len(reader.args) == 2 and reader.args[1] in graph.parameter:
+            return reader.name
+    return name
+
+
+def follows(graph: Graph, shown: Iterable[str]) -> frozenset[str]:
+    """The nodes whose values follow from those that are shown."""
+    found = set(shown)
+    for node in graph.nodes:
+        if biased(graph, node.name) in found:
+            found.add(node.name)
+        hidden = node.op.mixing or isinstance(node.op, Opaque | MatMul)
+        if not hidden and all(a in found or a in graph.parameter for a in node.args):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def shown_until(taps: tuple[Tap, ...], parameter: str) -> frozenset[str]:
+    """What has been shown when the parameter is read, that call included."""
+    found = {STREAM}
+    for tap in taps:
+        found.update([tap.output[0], *(name for name, _ in tap.signals)])
+        if parameter in tap.parameters:
+            return frozenset(found)
+    return frozenset()
+
+
+def hidden_from(step: Step, graph: Graph, taps: tuple[Tap, ...]) -> str | None:
+    """A value that the step needs and the run does not show in time; None if there is none."""
+    if sum(step.parameter in tap.parameters for tap in taps) != 1:
+        return f"the call that reads {step.parameter}"
+    everything = {STREAM, graph.output}.union(*(shown_until(taps, p) for t in taps for p in t.parameters))
+    for wanted, shown in (
+        (asks(step, graph), everything),
+        (reads(step, graph) - {graph.input}, shown_until(taps, step.parameter)),
+    ):
+        missing = sorted(wanted - follows(graph, shown))
+        if missing:
+            return missing[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan that a run can solve as it goes, and the taps that it needs."""
+
+    plan: Plan
+    taps: tuple[Tap, ...]
+
+
+def choose(
+    graph: Graph, taps: tuple[Tap, ...], strategy: str | None, capacity: int | None, frozen: tuple[str, ...] = ()
+) -> Chosen:
+    """The strategy's plan; parameters that a run cannot solve for as it goes are left alone.
+
+    Raises:
+        BadInput: an unknown strategy.
+        NotPatchable: no route that serves that many tokens can be solved in a run.
+    """
+    wanted = (strategy,) if strategy else ("joint", "matrix") if (capacity or 1) > 1 else ("stable",)
+    if strategy is not None and strategy not in STRATEGIES:
+        raise BadInput(f"unknown strategy {strategy!r}; allowed are {', '.join(STRATEGIES)}")
+    held, reasons = list(frozen), []
+    while True:
+        limited = graph.restricted(freeze=held) if held else graph
+        try:
+            plan = next(p for s in wanted if (p := _planned(limited, s, capacity, last=s == wanted[-1])))
+        except NotPatchable as error:
+            raise NotPatchable("; ".join([str(error), *reasons])) from None
+        problem = next(((s, h) for s in plan.route.steps if (h := hidden_from(s, graph, taps))), None)
+        if problem is None:
+            return Chosen(plan, needed_taps(graph, taps))
+        step, hidden = problem
+        held.append(step.parameter)
+        reasons.append(f"{step.parameter} would serve, but {hidden} is not to be seen in a run of the model")
+
+
+def _planned(graph: Graph, strategy: str, capacity: int | None, last: bool) -> Plan | None:
+    try:
+        return make_plan(graph, strategy, capacity)
+    except NotPatchable:
+        if last:
+            raise
+        return None
+
+
+def needed_taps(graph: Graph, taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
+    """The taps at or behind what mixes tokens, and those whose values the way to the output reads."""
+    return tuple(t for t in taps if not t.parameters <= graph.before_mixing or t.output[0] not in graph.before_mixing)

@@ -1,0 +1,367 @@
+"""`Intercepted`: a tensor that stands in a parameter's place and tells of every call that reads the parameter.
+
+Whatever torch function a model calls, with whatever module, the call reaches `__torch_function__` of the tensors it
+reads. A call of parameters alone (`1.0 + w.float()`, `W.t()`, `W[3]`) gives a tensor that remembers how it came about.
+A call that brings a parameter together with a signal is an `Event`: a handler sees it and may give another result. All
+results of events are plain tensors, so nothing but the parameters themselves is ever intercepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockkit.errors import BadInput
+from blockkit.graph import suggest
+
+from .derivation import Origin, Product, Root, Step, added, product
+
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """One call that reads intercepted parameters together with a signal.
+
+    Attributes:
+        names: state-dict names of the intercepted parameters that it reads, in the order of its arguments.
+        func: the torch function called.
+        args, kwargs: what with; plain tensors in place of the intercepted ones.
+        signals: the tensors among them that are not (derived from) intercepted parameters, in order.
+    """
+
+    names: tuple[str, ...]
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    signals: tuple[Tensor, ...]
+    _given: tuple[tuple[Any, ...], Mapping[str, Any]] = field(repr=False)
+    _handler: Handler = field(repr=False)
+
+    @cached_property
+    def output(self) -> Any:
+        """The call's own result, computed once."""
+        return self.func(*self.args, **self.kwargs)
+
+    def with_values(self, values: Mapping[str, Tensor], wide: torch.dtype | None = None) -> Any:
+        """The result of the same call with other tensors in place of the named parameters.
+
+        What the model computes of them before the call (`1.0 + w.float()`) is computed anew.
+
+        Args:
+            wide: the dtype in which the call is to be computed: that of every floating-point argument.
+        """
+
+        def exchanged(tensor: Tensor) -> Any:
+            mine = isinstance(tensor, Intercepted) and tensor.handler is self._handler
+            value = _recomputed(tensor, values, self._handler) if mine else tensor
+            return value.to(wide) if wide is not None and value.is_floating_point() else value
+
+        args, kwargs = self._given
+        return self.func(*_mapped(args, exchanged), **_mapped(kwargs, exchanged))
+
+    def product(self, name: str) -> Product | None:
+        """The product with the matrix parameter `name` that the call is; None if it is no plain product.
+
+        Of a stacked parameter it may be a product with one slice: `Product.index` says which.
+        """
+        found = product(self.func, *self._given, name)
+        if found is None:
+            return None
+        z, transposed, index = found
+        return Product(_plain(z, self._handler), transposed, index)
+
+    def adds(self, name: str) -> bool:
+        """Whether the call adds the vector parameter `name`, as it is, to a product: a bias."""
+        return added(self.func, *self._given, name)
+
+
+Handler = Callable[[Event], Tensor | None]
+"""Asked about every event: gives its result, or None to keep `event.output`."""
+
+
+class Intercepted(Tensor):
+    """A parameter, or a tensor derived from parameters alone; made by `Intercepted.of`.
+
+    Attributes:
+        plain: the tensor that it stands for.
+        origin: the parameter, or the call that it came from.
+        names: of the parameters that it comes from.
+        handler: who is asked about the events that read it.
+    """
+
+    plain: Tensor
+    origin: Origin
+    names: tuple[str, ...]
+    handler: Handler
+
+    @staticmethod
+    def of(parameter: Tensor, name: str, handler: Handler) -> Intercepted:
+        """What stands in the parameter's place."""
+        made = _made(parameter, Root(name), (name,), handler)
+        made._is_param = True  # isinstance(made, nn.Parameter), as modules ask
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _called(func, args, kwargs or {})
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Intercepted:
+        """A copied model keeps what is intercepted, with the same handler."""
+        if id(self) not in memo:
+            plain = _copied(self.plain, memo)
+            copy = _made(plain, self.origin, self.names, self.handler)
+            copy._is_param = getattr(self, "_is_param", False)
+            memo[id(self)] = copy
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as what it stands for."""
+        return self.plain.__reduce_ex__(protocol)
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    found = tensor.__deepcopy__(memo)
+    return found if isinstance(found, Tensor) else tensor
+
+
+def _made(plain: Tensor, origin: Origin, names: tuple[str, ...], handler: Handler) -> Intercepted:
+    make: Callable[..., Intercepted] = Tensor._make_subclass
+    made = make(Intercepted, plain, plain.requires_grad and plain.is_leaf)
+    made.plain, made.origin, made.names, made.handler = plain, origin, names, handler
+    return made
+
+
+_VALUES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__}
+_TEMPLATED = {
+    Tensor.type_as: lambda like: (Tensor.to, (like.dtype,)),
+    Tensor.to: lambda like: (Tensor.to, (like.device, like.dtype)),
+    Tensor.expand_as: lambda like: (Tensor.expand, (like.shape,)),
+    Tensor.view_as: lambda like: (Tensor.view, (like.shape,)),
+    Tensor.reshape_as: lambda like: (Tensor.reshape, (like.shape,)),
+}
+_MAKERS = {
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, Tensor.__repr__,
+    Tensor.__format__, Tensor.untyped_storage, Tensor.numpy,
+}  # fmt: skip
+
+
+def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a torch function gives: something plain about the parameter, a derived tensor, or an event's result."""
+    name = getattr(func, "__name__", "")
+    first = args[0] if args else None
+    if name in ("__get__", "__set__"):
+        if name == "__set__" or func not in _VALUES:
+            return func(_bare(first), *_mapped(args[1:], _bare))
+    elif func in _MAKERS:
+        return func(*_mapped(args, _bare), **_mapped(kwargs, _bare))
+    elif func in _TEMPLATED and len(args) == 2 and isinstance(args[1], Tensor):
+        func, rest = _TEMPLATED[func](args[1])
+        if not isinstance(first, Intercepted):
+            return func(first, *rest)
+        args = (first, *rest)
+    elif func == Tensor.__getitem__ and _is_number(args[1]):
+        args = (first, int(args[1]))
+    elif _writes(name, kwargs):
+        return _written(func, args, kwargs)
+    return _derived_or_event(func, args, kwargs)
+
+
+def _derived_or_event(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    found: list[Tensor] = []
+    _gather((args, kwargs), found)
+    mine = [t for t in found if isinstance(t, Intercepted)]
+    if not mine:  # hidden in an object of the model's own
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    handler = mine[0].handler
+    names = _names(mine, handler)
+    plain_args, plain_kwargs = _plain(args, handler), _plain(kwargs, handler)
+    others = [t for t in found if not isinstance(t, Intercepted)]
+    if all(isinstance(t, nn.Parameter) for t in others):
+        return _derived(func(*plain_args, **plain_kwargs), Step(func, args, kwargs), names, handler)
+    event = Event(names, func, plain_args, plain_kwargs, tuple(others), (args, kwargs), handler)
+    result = handler(event)
+    return event.output if result is None else result
+
+
+def _derived(result: Any, step: Step, names: tuple[str, ...], handler: Handler) -> Any:
+    """The result of a call of parameters alone, with its origin; what is no tensor stays as it is."""
+    if isinstance(result, Tensor):
+        return _made(result, step, names, handler)
+    if isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result):
+        pieces = [
+            _made(t, Step(step.func, step.args, step.kwargs, i), names, handler) if isinstance(t, Tensor) else t
+            for i, t in enumerate(result)
+        ]
+        return type(result)(pieces)
+    return result
+
+
+def _recomputed(tensor: Intercepted, values: Mapping[str, Tensor], handler: Handler) -> Tensor:
+    """The tensor, derived from other values of the parameters."""
+    if not any(name in values for name in tensor.names):
+        return tensor.plain
+    origin = tensor.origin
+    if isinstance(origin, Root):
+        return values[origin.name]
+
+    def exchanged(part: Tensor) -> Tensor:
+        mine = isinstance(part, Intercepted) and part.handler is handler
+        return _recomputed(part, values, handler) if mine else part
+
+    result = origin.func(*_mapped(origin.args, exchanged), **_mapped(origin.kwargs, exchanged))
+    return result if origin.item is None else result[origin.item]
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or name in _AUGMENTED or kwargs.get("out") is not None
+
+
+_AUGMENTED = {
+    f"__i{name}__": f"__{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+}
+
+
+def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A call that writes into its first argument (or `out`), as a call that does not, and then the writing."""
+    if kwargs.get("out") is not None:
+        rest = {k: v for k, v in kwargs.items() if k != "out"}
+        return kwargs["out"].copy_(_derived_or_event(func, args, rest))
+    target = args[0]
+    name = getattr(func, "__name__", str(func))
+    if not isinstance(target, Intercepted):
+        pure = getattr(Tensor, _AUGMENTED.get(name, name.removesuffix("_")), None)
+        return target.copy_(_derived_or_event(_on_copy(func) if pure in (None, func) else pure, args, kwargs))
+    if isinstance(target.origin, Root):  # an optimiser, or a checkpoint that is loaded: the parameter itself is meant
+        func(target.plain, *_mapped(args[1:], _bare), **_mapped(kwargs, _bare))
+        return target
+    raise BadInput(
+        f"the model changes in place ({name}) what it computed of {', '.join(target.names)}; that cannot be followed"
+    )
+
+
+def _on_copy(func: Callable[..., Any]) -> Callable[..., Any]:
+    def called(target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copy = target.clone()
+        func(copy, *args, **kwargs)
+        return copy
+
+    return called
+
+
+def _is_number(index: Any) -> bool:
+    """A whole number that was left in a tensor, as loops over experts do."""
+    return type(index) is Tensor and index.dim() == 0 and index.dtype in (torch.int64, torch.int32)
+
+
+def _names(mine: Sequence[Intercepted], handler: Handler) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for t in mine if t.handler is handler for name in t.names))
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            _gather(v, found)
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            _gather(v, found)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same nest of lists, tuples and mappings with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)([_mapped(v, change) for v in value])
+    if isinstance(value, Mapping):
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return value
+
+
+def _plain(value: Any, handler: Handler) -> Any:
+    return _mapped(value, lambda t: t.plain if isinstance(t, Intercepted) and t.handler is handler else t)
+
+
+def _bare(tensor: Any) -> Any:
+    while isinstance(tensor, Intercepted):
+        tensor = tensor.plain
+    return tensor
+
+
+@contextmanager
+def intercepting(model: nn.Module, names: Sequence[str], handler: Handler) -> Iterator[None]:
+    """The model with the named parameters intercepted; the very same parameters are back afterwards.
+
+    A parameter that several modules share is intercepted in all of them, under the name that is given here.
+
+    Raises:
+        BadInput: the model has no such parameter.
+    """
+    restore = intercept(model, names, handler)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def intercept(model: nn.Module, names: Sequence[str], handler: Handler) -> Callable[[], None]:
+    """Puts `Intercepted` in the parameters' places for good; gives what puts the parameters back.
+
+    Raises:
+        BadInput: the model has no such parameter.
+    """
+    known = dict(model.named_parameters(remove_duplicate=False))
+    made: dict[Any, Intercepted] = {}
+    for name in names:
+        if name not in known:
+            raise BadInput(f"the model has no parameter {name!r}{suggest(name, known)}")
+        made.setdefault(_place(known[name]), Intercepted.of(known[name], name, handler))
+    replaced: list[tuple[Any, Any, Tensor]] = []
+
+    def restore() -> None:
+        while replaced:
+            holder, key, parameter = replaced.pop()
+            holder[key] = parameter
+
+    try:
+        for holder, key, parameter in list(_held(model)):
+            if (stand_in := made.get(_place(parameter))) is not None:
+                replaced.append((holder, key, parameter))
+                holder[key] = stand_in
+    except BaseException:
+        restore()
+        raise
+    return restore
+
+
+def _held(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
+    """Every place where a module keeps a parameter: its own table, and lists beside it (as recurrent layers have)."""
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield module._parameters, key, parameter
+        for value in vars(module).values():
+            if type(value) is list:
+                yield from ((value, i, p) for i, p in enumerate(value) if isinstance(p, nn.Parameter))
+
+
+def _place(tensor: Tensor) -> Any:
+    """Equal for tensors that are the same numbers in the same memory."""
+    plain = _bare(tensor)
+    if plain.is_meta or plain.layout is not torch.strided or not plain.numel() or not plain.data_ptr():
+        return id(plain)
+    return plain.data_ptr(), tuple(plain.shape), plain.stride(), plain.dtype

@@ -1,0 +1,33 @@
+"""The core's patch with what a model in PyTorch is called with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blockkit.patch import Patch
+
+
+@dataclass(frozen=True)
+class TorchPatch(Patch):
+    """See `blockkit.Patch`; positions are a tensor, to be passed on.
+
+    Attributes:
+        device: where the model was when the patch was made.
+    """
+
+    device: str = field(default="cpu", compare=False)
+
+    @property
+    def position_ids(self) -> Tensor:  # type: ignore[override]
+        """The query's positions, `[batch, tokens]`, int64."""
+        return torch.as_tensor(super().position_ids, device=self.device)
+
+    @staticmethod
+    def load(path: str | Path, device: str = "cpu") -> TorchPatch:
+        """Reads a patch file; see `blockkit.Patch.load`."""
+        core = Patch.load(path)
+        return TorchPatch(**{f.name: getattr(core, f.name) for f in fields(core)}, device=device)

@@ -1,0 +1,257 @@
+"""A model as the planner sees it: its blocks in order, each with a graph, and where they read their parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockkit.errors import BadInput
+from blockkit.graph import Graph, Node
+from blockkit.ops import Mix
+
+from .calling import Interface, device_of, vocabulary
+from .capture import Call, Key, evaluating, find_blocks
+from .exported import export
+from .translate import STREAM, Stored, Tap, Translation, translate
+
+PRIMES = (11, 13, 17, 19, 23, 29, 31, 37)  # numbers of tokens, one of which is no size of the model's
+INPUT = "input"  # of a graph whose stream depends on the context
+
+
+@dataclass(frozen=True)
+class Block:
+    """One call of a block.
+
+    Attributes:
+        path: the module's, in the model.
+        number: how many calls of the same module came before in one forward.
+        graph: its parameters are named by their path within the block.
+        taps: where it reads parameters, in order.
+        stored: how the parameters lie in their tensors.
+        stream, result: where the residual stream is among the arguments, and in what is given back.
+        axis: of the tokens, in the stream.
+    """
+
+    path: str
+    number: int
+    graph: Graph
+    taps: tuple[Tap, ...]
+    stored: Mapping[str, Stored]
+    stream: Key
+    result: tuple[Key, ...]
+    axis: int
+
+    def full(self, parameter: str) -> str:
+        """The parameter's name in the model's state dict."""
+        return f"{self.path}.{parameter}" if self.path else parameter
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The blocks of a model, in the order in which it runs them."""
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def kinds(self) -> dict[str, Graph]:
+        """The distinct graphs, by the path of the first block that has each."""
+        found: dict[str, Graph] = {}
+        for block in self.blocks:
+            if all(graph != block.graph for graph in found.values()):
+                found[block.path or "model"] = block.graph
+        return found
+
+
+_traced: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Traced]] = weakref.WeakKeyDictionary()
+
+
+def trace(model: nn.Module, example: Any = None) -> Traced:
+    """Finds and translates the model's blocks; what was found is kept as long as the model and its shapes are.
+
+    Args:
+        example: what the model is called with, where it is not token ids or a stream `[1, tokens, d_model]`: a
+            tensor, or a mapping of keyword arguments.
+
+    Raises:
+        BadInput: no blocks are found, or one cannot be traced.
+    """
+    key = _state(model), _shape(example)
+    known = _traced.get(model)
+    if known is not None and known[0] == key:
+        return known[1]
+    with evaluating(model):
+        found = Traced(_blocks(model, example))
+    _traced[model] = key, found
+    return found
+
+
+def _state(model: nn.Module) -> Any:
+    """What must stay for a trace to hold: classes, and the shapes and sharing of parameters."""
+    classes = tuple(type(m).__qualname__ for m in model.modules())
+    shapes = tuple((n, tuple(p.shape), id(p)) for n, p in model.named_parameters(remove_duplicate=False))
+    return classes, shapes
+
+
+def _shape(example: Any) -> Any:
+    if isinstance(example, Tensor):
+        return tuple(example.shape), str(example.dtype)
+    return None if example is None else tuple((k, _shape(v)) for k, v in sorted(example.items()))
+
+
+def _blocks(model: nn.Module, example: Any) -> tuple[Block, ...]:
+    calls, tokens = _calls(model, example)
+    shared = _shared(model, calls)
+    translations: dict[Any, Translation] = {}
+    found = []
+    for place, call in enumerate(calls):
+        key = _kind(call, place)
+        if key not in translations:
+            translations[key] = translate(export(call, tokens))
+        known = translations[key]
+        tied = [
+            replace(p, tied=p.tied or (f"{call.path}.{p.name}" if call.path else p.name) in shared)
+            for p in known.graph.parameters
+        ]
+        graph = replace(known.graph, parameters=tuple(tied)) if any(p.tied for p in tied) else known.graph
+        axis = next(i for i, size in enumerate(call.value.shape) if size == tokens)
+        found.append(Block(call.path, call.number, graph, known.taps, known.stored, call.stream, call.result, axis))
+    return tuple(found)
+
+
+def _calls(model: nn.Module, example: Any) -> tuple[tuple[Call, ...], int]:
+    """The calls of the blocks in a short run, and its number of tokens."""
+    interface = Interface.of(model)
+    sizes = {s for p in model.parameters() for s in p.shape} | _numbers_in(getattr(model, "config", None))
+    primes = [p for p in PRIMES if p not in sizes] or list(PRIMES)
+    if example is not None:
+        return _of_example(model, interface, example)
+    count = vocabulary(model)
+    problems = []
+    if count is not None:
+        try:
+            return _run(model, interface, _ids(model, count, primes[0]), primes)
+        except BadInput:
+            raise
+        except Exception as error:
+            problems.append(f"with token ids: {type(error).__name__}: {error}")
+    for width in _widths(model):
+        stream = torch.randn(1, primes[0], width, device=device_of(model), dtype=_dtype(model))
+        try:
+            return _run(model, interface, stream, primes)
+        except Exception as error:
+            problems.append(f"with a stream of width {width}: {type(error).__name__}: {error}")
+    tried = "; ".join(str(p)[:200] for p in problems[:3]) or "it has no parameters"
+    raise BadInput(
+        f"{type(model).__name__} could not be run to find its blocks ({tried}); give example=, what it is called with"
+    )
+
+
+def _run(model: nn.Module, interface: Interface, value: Tensor, primes: list[int]) -> tuple[tuple[Call, ...], int]:
+    options: dict[str, Any] = {"use_cache": False}
+    if "decoder_input_ids" in interface.takes and not value.is_floating_point():
+        options["decoder_input_ids"] = value[:, :1].expand(1, value.shape[1])
+        value = torch.cat([value, value[:, : primes[1] - primes[0]]], dim=1)  # the encoder reads another number
+    args, kwargs = interface.inputs(value, **options)
+    tokens = primes[0]
+    return find_blocks(model, lambda: model(*args, **kwargs), tokens), tokens
+
+
+def _of_example(model: nn.Module, interface: Interface, example: Any) -> tuple[tuple[Call, ...], int]:
+    if isinstance(example, Tensor):
+        args, kwargs = interface.inputs(example, use_cache=False)
+        tokens = int(example.shape[1]) if example.dim() > 1 else int(example.shape[0])
+    elif isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+        first = kwargs.get("decoder_input_ids", next((v for v in kwargs.values() if isinstance(v, Tensor)), None))
+        if not isinstance(first, Tensor) or first.dim() < 2:
+            raise BadInput("example must hold a tensor [batch, tokens, ...]")
+        tokens = int(first.shape[1])
+        if "use_cache" in interface.takes:
+            kwargs.setdefault("use_cache", False)
+    else:
+        raise BadInput(f"example must be a tensor or a mapping of keyword arguments, got {type(example).__name__}")
+    return find_blocks(model, lambda: model(*args, **kwargs), tokens), tokens
+
+
+def _ids(model: nn.Module, count: int, tokens: int) -> Tensor:
+    """Ordinary ids: none that the configuration names for a special purpose."""
+    special = _numbers_in(getattr(model, "config", None))
+    ordinary = [i for i in range(count // 4, count) if i not in special] or list(range(count))
+    chosen = [ordinary[(7 * i + 3) % len(ordinary)] for i in range(tokens)]
+    return torch.tensor([chosen], device=device_of(model))
+
+
+def _numbers_in(config: Any) -> set[int]:
+    """All whole numbers in a configuration."""
+    values = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    found: set[int] = set()
+    for value in values.values():
+        if isinstance(value, int) and not isinstance(value, bool):
+            found.add(value)
+        elif hasattr(value, "__dict__") or isinstance(value, dict):
+            found |= _numbers_in(value)
+    return found
+
+
+def _widths(model: nn.Module) -> list[int]:
+    """Sizes that may be the stream's, the most frequent ones first."""
+    counts: dict[int, int] = {}
+    for p in model.parameters():
+        for size in p.shape:
+            counts[size] = counts.get(size, 0) + 1
+    return sorted((s for s in counts if s > 1), key=lambda s: -counts[s])
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _shared(model: nn.Module, calls: tuple[Call, ...]) -> set[str]:
+    """Parameters that more than one place uses: several blocks, a block called several times, or the rest of the model."""
+    places: dict[int, set[str]] = {}
+    names: dict[int, list[str]] = {}
+    twice = {c.path for c in calls if c.number > 0}
+    paths = {c.path for c in calls}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = max((p for p in paths if name.startswith(f"{p}.") or not p), key=len, default="")
+        where = owner if owner in paths else "the rest"
+        storage = parameter.data_ptr() or id(parameter)
+        places.setdefault(storage, set()).add(where)
+        names.setdefault(storage, []).append(name)
+        if where in twice:
+            places[storage].add(f"{where} again")
+    return {name for storage, where in places.items() if len(where) > 1 for name in names[storage]}
+
+
+def _kind(call: Call, place: int) -> Any:
+    """What makes two blocks the same: classes, shapes and settings, without the block's own number."""
+    settings = []
+    for path, module in call.module.named_modules():
+        own = {
+            name: value for name, value in vars(module).items()
+            if isinstance(value, bool | float | str | int) and name != "training"
+            and not (type(value) is int and value in (place, call.number))
+        }  # fmt: skip
+        settings.append((path, type(module), tuple(sorted(own.items()))))
+    shapes = tuple((n, tuple(p.shape)) for n, p in call.module.named_parameters(remove_duplicate=False))
+    given = tuple((k, _described(v)) for k, v in [*enumerate(call.args), *call.kwargs.items()])
+    return tuple(settings), shapes, given
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype)
+    if isinstance(value, tuple | list):
+        return tuple(_described(v) for v in value)
+    return value if isinstance(value, bool | str | float | type(None)) else type(value).__name__
+
+
+def in_context(graph: Graph) -> Graph:
+    """The same block where the residual stream itself depends on the context: it comes out of a mixing node."""
+    first = Node(STREAM, Mix(graph.width), (INPUT,))
+    return Graph.build(INPUT, graph.output, graph.width, graph.parameters, (first, *graph.nodes))

@@ -1,0 +1,290 @@
+"""Patches as PEFT LoRA files: what `peft` makes of them in a new process, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from families import VOCABULARY, Pair, make, some_ids
+from safetensors.numpy import load_file, save_file
+from test_huggingface_parity import GPT2, LLAMA
+
+from blockkit import Patch, adapter, in_place
+from blockkit.adapter import export_peft
+from blockkit.algorithm import absorb
+from blockkit.checkpoint import open_model
+from blockkit.cli import main
+from blockkit.errors import BadInput, BlockkitError, ExactnessLost, NotPatchable
+from blockkit.executor import reference
+from blockkit.overlay import MatrixChange, VectorChange, dense
+from blockkit.request import Request
+from blockkit.weights import open_folder, write_folder
+
+torch = pytest.importorskip("torch", reason="PyTorch is needed to load an adapter")
+pytest.importorskip("peft", reason="peft is needed to load an adapter")
+
+CONTEXT = 9
+IDS = some_ids(14)
+LIMIT = 1e-5  # of a logit, float32; they are of order 3, and the patch changes them by 0.4 and more
+NEW_PROCESS = """if True:
+    import sys
+    import numpy as np, peft, torch, transformers
+    for job in sys.argv[1:]:
+        base, adapter, ids, out = job.split(":")
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        query, positions = torch.tensor(np.load(ids))
+        with torch.no_grad():
+            found = model(input_ids=query[None], position_ids=positions[None]).logits[0]
+        np.save(out, found.numpy())"""
+
+
+class Case(NamedTuple):
+    path: Path  # the checkpoint
+    patch: Patch
+    contextual: np.ndarray  # logits of the query's tokens, as the class has them
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str | Path
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["blockkit", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), *capsys.readouterr()
+
+
+def without_prefix(pair: Pair, path: Path) -> Path:
+    """The checkpoint as the published GPT-2 is: nothing before `h.0`."""
+    write_folder(open_folder(pair.path), path, {})
+    tensors = load_file(path / "model.safetensors")
+    short = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    save_file(short, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """A `matrix` patch for all of the query's tokens, made by the kit from a checkpoint."""
+    folder = tmp_path_factory.mktemp("models")
+    pairs = {"llama": make(folder / "llama", "llama", LLAMA), "gpt2": make(folder / "gpt2", "gpt2", GPT2)}
+    pairs["gpt2 without prefix"] = Pair(pairs["gpt2"].theirs, without_prefix(pairs["gpt2"], folder / "short"))
+    found = {}
+    for name, pair in pairs.items():
+        model = open_model(pair.path)
+        absorbed = absorb(reference(model, "float32"), Request(IDS[:CONTEXT], IDS[CONTEXT:], "all"), "matrix")
+        whole = pair.logits(IDS, np.arange(len(IDS)))
+        found[name] = Case(pair.path, Patch.of(absorbed, model, "float32"), whole[CONTEXT:])
+    return found
+
+
+def test_peft_gives_the_contextual_logits_in_a_new_process(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "ids.npy", np.stack([IDS[CONTEXT:], np.arange(CONTEXT, len(IDS))]))
+    jobs = []
+    for number, case in enumerate(cases.values()):
+        case.patch.save(tmp_path / "p")
+        lora, out = tmp_path / f"lora{number}", tmp_path / f"{number}.npy"
+        done = run(
+            monkeypatch, capsys, "export", "--patch", tmp_path / "p", "--out", lora, "--model", case.path, "--json"
+        )
+        assert done[0] == 0 and done[1].count("\n") == 1
+        result = json.loads(done[1])
+        assert set(result["ranks"].values()) == {len(IDS) - CONTEXT} and result["out"] == str(lora)
+        assert result["position_ids"] == [[9, 10, 11, 12, 13]] and result["fan_in_fan_out"] is bool(number)
+        measured = result["measured"]
+        assert measured["reloaded_linf"] <= LIMIT and measured["unpatched_linf"] > 0.1 and measured["top1_agree"] == 1
+        jobs.append(f"{case.path}:{lora}:{tmp_path / 'ids.npy'}:{out}")
+    subprocess.run([sys.executable, "-c", NEW_PROCESS, *jobs], check=True, capture_output=True, timeout=300)
+    for number, case in enumerate(cases.values()):
+        assert np.abs(np.load(tmp_path / f"{number}.npy") - case.contextual).max() <= LIMIT
+
+
+def test_the_factors_are_in_the_file_as_they_are(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch = cases["gpt2"].patch
+    patch.save(tmp_path / "p")
+    status, out, _ = run(monkeypatch, capsys, "export", "--patch", tmp_path / "p", "--out", tmp_path / "lora")
+    assert status == 0 and "not compared with the model" in out and patch.validity in out
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for layer in range(3):
+        change = patch.changes[f"layers.{layer}.attention.o_proj"]
+        assert isinstance(change, MatrixChange)
+        for key, factor in (("lora_A", change.right), ("lora_B", change.left.T)):
+            found = tensors.pop(f"base_model.model.transformer.h.{layer}.attn.c_proj.{key}.weight")
+            assert found.dtype == np.float32 and np.array_equal(found, factor)
+    assert not tensors
+
+
+# -- a model of one's own, in memory -----------------------------------------------------------------
+
+
+class Inner(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 8)
+
+
+class Own(torch.nn.Module):
+    """Modules whose paths end alike, which `peft` would take for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.inner = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, 8), Inner()
+        self.inner_fc, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCABULARY)
+        self.free = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, ids: Any) -> Any:
+        x = self.embed(ids)
+        x = x + torch.tanh(self.fc(x)) + torch.tanh(self.inner.fc(x)) * self.free
+        return self.head(x + torch.tanh(self.inner_fc(x)))
+
+
+def own_patch(**ranks: int) -> Patch:
+    rng = np.random.default_rng(2)
+    changes = {}
+    for name, rank in ranks.items():
+        left, right = (rng.normal(size=(rank, 8)).astype(np.float32) for _ in range(2))
+        changes[f"{name.replace('__', '.')}.weight"] = MatrixChange(left, right)
+    made_for = {"architecture": "Own", "weights": "0"}
+    return Patch(changes, made_for, "matrix", "all", 3, (4, 5, 6), "float32", {"linf": 0.0})
+
+
+OWN = own_patch(fc=3, inner__fc=1, inner_fc=2)
+
+
+class Asked:
+    """Stands for the backend of PyTorch models, of which only `check` is asked."""
+
+    def check(self, patch: Patch, model: Any) -> None:
+        if patch.made_for["architecture"] != type(model).__name__:
+            raise BadInput("made for another model")
+
+
+asked = Asked()
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Own:
+    entry = EntryPoint("torch", f"{__name__}:asked", in_place.GROUP)
+    monkeypatch.setattr(in_place, "entry_points", lambda group: [entry])
+    torch.manual_seed(1)
+    found = Own()
+    found.fc.weight.requires_grad_(False)
+    return found
+
+
+def state(model: Any) -> list[Any]:
+    values = [(name, id(p), p.requires_grad, p.detach().numpy().tobytes()) for name, p in model.named_parameters()]
+    return [values, [(name, type(m), m.training) for name, m in model.named_modules()]]
+
+
+def test_a_model_in_memory_is_compared_with_and_left_alone(model: Own, tmp_path: Path) -> None:
+    before = state(model)
+    found = export_peft(OWN, tmp_path / "lora", model)
+    assert state(model) == before
+    assert found.ranks == {"fc": 3, "inner.fc": 1, "inner_fc": 2}
+    with torch.no_grad():
+        ids = torch.tensor([[4, 5, 6]])
+        unpatched = model(ids)
+        for path in found.ranks:
+            weight = model.get_submodule(path).weight
+            weight.copy_(torch.tensor(dense(weight.numpy(), OWN.changes[f"{path}.weight"])))
+        effect = float((model(ids) - unpatched).abs().max())
+    assert found.measured is not None and found.measured["reloaded_linf"] <= 1e-6 * effect
+    assert found.measured["unpatched_linf"] == pytest.approx(effect, rel=1e-6)
+
+
+def doubled(patch: Patch, changes: Any, base: Any) -> dict[str, Any]:
+    return {**CONFIG(patch, changes, base), "lora_alpha": 6}
+
+
+def misnamed(patch: Patch, changes: Any) -> bytes:
+    return WEIGHTS(patch, {path.replace("inner", "outer"): change for path, change in changes.items()})
+
+
+CONFIG, WEIGHTS = adapter._config, adapter._weights
+FAULTS: dict[str, tuple[str, Any, str]] = {
+    "another scale": ("_config", doubled, "off by"),
+    "a key that peft ignores": ("_weights", misnamed, "does not find the adapter's .*outer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_adapter_is_noticed(fault: str, model: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, wrong, message = FAULTS[fault]
+    monkeypatch.setattr(adapter, name, wrong)
+    before = state(model)
+    with pytest.raises(ExactnessLost, match=message):
+        export_peft(OWN, tmp_path / "lora", model)
+    assert state(model) == before and not list(tmp_path.iterdir())
+
+
+WRONG_MODELS: dict[str, tuple[Patch, type[BlockkitError], str]] = {
+    "made for another": (replace(OWN, made_for={"architecture": "Other"}), BadInput, "made for another model"),
+    "no such module": (own_patch(lost=1), BadInput, "no module lost"),
+    "another shape": (own_patch(head=1), BadInput, r"head has the shape \(8, 8\), the model's is \(61, 8\)"),
+    "a checkpoint's": (replace(OWN, tensors={s: s for s in OWN.changes}), BadInput, "give that checkpoint's path"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MODELS)
+def test_a_model_that_is_not_the_patchs(name: str, model: Own, tmp_path: Path) -> None:
+    patch, kind, message = WRONG_MODELS[name]
+    with pytest.raises(kind, match=message):
+        export_peft(patch, tmp_path / "lora", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_not_the_patchs(cases: dict[str, Case], tmp_path: Path) -> None:
+    patch = cases["llama"].patch
+    for path, message in ((cases["gpt2"].path, "this model is gpt2"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(BadInput, match=message):
+            export_peft(patch, tmp_path / "lora", path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- refused -----------------------------------------------------------------------------------------
+
+VECTOR = VectorChange(np.ones(8, np.float32))
+ROW = MatrixChange(np.ones((3, 8), np.float32), np.ones((3, 8), np.float32), True)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a norm": ({"changes": {**OWN.changes, "norm.weight": VECTOR}}, 'vector norm.weight; .*strategy="matrix"'),
+    "values for each token": ({"changes": {"fc.weight": ROW}, "tokens": "each"}, "fc.weight has its own values"),
+    "one expert": ({"changes": {"experts.down.weight[3]": OWN.changes["fc.weight"]}}, "one slice of a stacked"),
+    "no module's weight": ({"changes": {"experts.down": OWN.changes["fc.weight"]}}, "experts.down is no module's"),
+    "part of a weight": ({"tensors": {}}, "fc.weight is not the whole of one weight"),
+    "nothing": ({"changes": own_patch(fc=0).changes}, "changes nothing"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_lora_cannot_carry(name: str, tmp_path: Path) -> None:
+    facts, message = REFUSED[name]
+    with pytest.raises(NotPatchable, match=message):
+        export_peft(replace(OWN, **facts), tmp_path / "lora")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    export_peft(OWN, tmp_path / "lora")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()}
+    with pytest.raises(BadInput, match="nothing is ever overwritten"):
+        export_peft(own_patch(fc=1), tmp_path / "lora")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["lora"] and len(before) == 2
+
+
+def test_an_unknown_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, message = run(monkeypatch, capsys, "export", "--patch", "p", "--out", tmp_path / "x", "--format", "onnx")
+    assert status == 2 and "--format 'onnx' is not known; allowed are peft" in message

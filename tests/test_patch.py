@@ -1,0 +1,277 @@
+"""Patches: what their files carry and refuse, and how they reach a model in memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import blockkit as bk
+from blockkit import Patch, in_place
+from blockkit.errors import BadInput, MissingDependency
+from blockkit.in_place import ChangedParameter, Receipt
+from blockkit.overlay import MatrixChange, VectorChange
+
+RNG = np.random.default_rng(5)
+
+
+def matrix(rank: int, out: int = 4, into: int = 3, per_token: bool = False) -> MatrixChange:
+    left, right = (RNG.normal(size=(rank, n)).astype(np.float32) for n in (out, into))
+    return MatrixChange(left, right, per_token)
+
+
+def plain(**facts: Any) -> Patch:
+    """A patch of two weights for one query of three tokens."""
+    changes = {"down.weight": matrix(2), "norm.weight": VectorChange(np.ones(4, np.float32))}
+    made_for = {"architecture": "m", "weights": "0"}
+    given = Patch(changes, made_for, "stable", "last", 5, (7, 8, 9), "float32", {"linf": 1e-7})
+    return replace(given, **facts)
+
+
+def batched(**facts: Any) -> Patch:
+    """A patch for two prompts of three tokens, the second of which is one token shorter."""
+    changes = {"down.weight": matrix(2, per_token=True), "up.weight": matrix(6, per_token=True)}
+    return plain(changes=changes, batch=2, padding=(0, 1), query=(1, 2, 3, 0, 4, 5), **facts)
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+ROUND_TRIPS = {
+    "plain": plain(),
+    "batched": batched(),
+    "places of its own": batched(positions=(5, 6, 7, 0, 9, 10)),
+    "transposed, and named": plain(transposed=("down.weight",), tensors={"down.weight": "h.0.down.weight"}),
+    "no weight is whole": plain(tensors={}),
+    "each": plain(changes={"down.weight": matrix(3, per_token=True)}, tokens="each"),
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_a_round_trip_keeps_everything(name: str, tmp_path: Path) -> None:
+    patch = ROUND_TRIPS[name]
+    patch.save(tmp_path / "p")
+    again = Patch.load(tmp_path / "p")
+    assert again.source == str(tmp_path / "p")
+    for key, value in vars(patch).items():
+        if key == "changes":
+            for slot, change in value.items():
+                assert all(np.array_equal(v, getattr(again.changes[slot], k)) for k, v in vars(change).items())
+        elif key != "source":
+            assert getattr(again, key) == value, key
+
+
+def test_positions_count_the_tokens_of_each_prompt() -> None:
+    assert plain().position_ids.tolist() == [[5, 6, 7]]
+    assert batched().position_ids.tolist() == [[5, 6, 7], [0, 5, 6]]
+    assert batched().attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batched().query_ids.tolist() == [[1, 2, 3], [0, 4, 5]]
+    placed = batched(positions=(5, 6, 7, 0, 9, 10))
+    assert placed.position_ids.tolist() == [[5, 6, 7], [0, 9, 10]]
+    assert placed.validity == "exact for the last token of each of 2 queries of up to 3 token(s), at positions 5 to 10"
+    assert plain().validity == "exact for the last token of one query of 3 token(s), at positions 5 to 7"
+
+
+def rewritten(path: Path, facts: Mapping[str, Any], drop: tuple[str, ...] = (), **tensors: np.ndarray) -> Patch:
+    """The patch in the file, with some of its facts and tensors replaced."""
+    with safe_open(path, framework="np") as file:
+        header = dict(file.metadata())
+    found = {k: v for k, v in {**json.loads(header["patch"]), **facts}.items() if k not in drop}
+    save_file({**load_file(path), **tensors}, path, {**header, "patch": json.dumps(found)})
+    return Patch.load(path)
+
+
+def test_a_file_without_the_later_facts_is_read(tmp_path: Path) -> None:
+    batched(transposed=("up.weight",), tensors={}).save(tmp_path / "p")
+    later = ("batch", "padding", "transposed", "tensors")
+    changes = {f"{slot}.each.{side}": np.ones((6, 2), np.float32) for slot in ("down.weight", "up.weight") for side in
+               ("left", "right")}  # fmt: skip
+    old = rewritten(tmp_path / "p", {"tokens": "each"}, later, **changes)
+    assert (old.batch, old.padding, old.positions, old.transposed, old.tensors) == (1, (), (), (), None)
+    assert old.position_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
+
+
+DAMAGED: dict[str, dict[str, Any]] = {
+    "a batch that does not divide the query": {"batch": 4},
+    "no prompt at all": {"batch": 0},
+    "a batch that is no number": {"batch": True},
+    "padding for another number of prompts": {"padding": [1]},
+    "nothing but padding": {"padding": [0, 3]},
+    "negative padding": {"padding": [0, -1]},
+    "too few positions": {"positions": [1, 2]},
+    "positions that are no numbers": {"positions": [1.5] * 6},
+    "a transposed weight that does not change": {"transposed": ["q.weight"]},
+    "a name of what does not change": {"tensors": {"q": "q.weight"}},
+    "a name that is none": {"tensors": {"up.weight": 3}},
+    "one prompt alone": {"batch": 1, "padding": []},
+    "a row for neither a token nor a prompt": {"batch": 3, "padding": []},
+    "unknown": {"more": 1},
+    "no number": {"query": ["1"] * 6},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_facts_are_refused(name: str, tmp_path: Path) -> None:
+    batched().save(tmp_path / "p")
+    with pytest.raises(BadInput, match="damaged"):
+        rewritten(tmp_path / "p", DAMAGED[name])
+
+
+def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
+    plain().save(tmp_path / "p")
+    before = (tmp_path / "p").read_bytes()
+    code = """if True:
+        import os, pathlib, signal, sys
+        from blockkit import Patch
+        patch = Patch.load(sys.argv[1])
+        pathlib.Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
+        patch.save(sys.argv[1])"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "p"], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "p").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2  # the new one, complete but not yet in place
+    plain(strategy="paper").save(tmp_path / "p")
+    assert Patch.load(tmp_path / "p").strategy == "paper"
+
+
+def test_what_is_no_file_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name, why in (("folder", "not an ordinary file"), ("link", "not an ordinary file"), ("none/p", "cannot write")):
+        with pytest.raises(BadInput, match=why):
+            plain().save(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link"]
+
+
+# -- models in memory --------------------------------------------------------------------------------
+
+
+class Model:
+    """Stands for a model of a framework whose root module is this one."""
+
+
+class Framework:
+    """An in-place backend that keeps a record of what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        x = bk.stream()
+        v = x + bk.Attention(bk.RMSNorm(x), heads=2, head_dim=4)
+        block = bk.Block(v + bk.GatedMLP(bk.RMSNorm(v), hidden=16), width=8)
+        self.found = {"blocks.0": bk.Architecture("a", 8, {"b": block}).graphs["b"]}
+
+    def graphs(self, model: Any, example: Any = None) -> Any:
+        self.asked.append(("graphs", example))
+        return self.found
+
+    def check(self, patch: Patch, model: Any) -> None:
+        self.asked.append("check")
+
+    def apply(self, patch: Patch, model: Any, merge: bool) -> Receipt:
+        self.asked.append(("apply", merge))
+        return Receipt((), patch.validity)
+
+    def remove(self, patch: Patch, model: Any) -> None:
+        self.asked.append("remove")
+
+
+framework = Framework()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    register(monkeypatch, {Model.__module__: f"{__name__}:framework"})
+    framework.asked.clear()
+    return framework.asked
+
+
+def register(monkeypatch: pytest.MonkeyPatch, entries: dict[str, str]) -> None:
+    found = [EntryPoint(name, value, in_place.GROUP) for name, value in entries.items()]
+    monkeypatch.setattr(in_place, "entry_points", lambda group: found)
+
+
+def test_a_patch_is_taken_off_however_the_block_ends(asked: list[Any]) -> None:
+    model = Model()
+    with plain().applied(model) as receipt:
+        assert asked == [("apply", True)] and receipt.validity == plain().validity
+    assert asked == [("apply", True), "remove"]
+    with pytest.raises(ZeroDivisionError), plain().applied(model, merge=False):
+        raise ZeroDivisionError
+    assert asked[2:] == [("apply", False), "remove"]
+
+
+def test_a_patch_that_is_not_on_is_not_taken_off(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise BadInput("another model's")
+
+    monkeypatch.setattr(framework, "apply", refuse)
+    with pytest.raises(BadInput, match="another model's"), plain().applied(Model()):
+        raise AssertionError("the block must not run")
+    assert asked == []
+
+
+@pytest.mark.parametrize("patch", [ROUND_TRIPS["each"], batched()])
+def test_what_has_no_merged_form_stays_factored(asked: list[Any], patch: Patch) -> None:
+    with pytest.raises(BadInput, match="cannot be merged"):
+        patch.apply(Model())
+    assert asked == []
+    patch.apply(Model(), merge=False)
+    assert asked == [("apply", False)]
+
+
+def test_the_backend_is_that_of_the_most_derived_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    derived = type("Derived", (Model,), {"__module__": "above.models"})
+    register(monkeypatch, {Model.__module__: f"{__name__}:framework"})
+    assert in_place.backend_of(derived()) is framework
+    register(monkeypatch, {Model.__module__: f"{__name__}:framework", "above": f"{__name__}:RNG"})
+    assert in_place.backend_of(derived()) is RNG  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.parametrize("model", [None, 5, [Model], print])
+def test_what_is_no_model(asked: list[Any], model: Any) -> None:
+    for ask in (bk.check, bk.plan, bk.explain, plain().apply, plain().remove):
+        with pytest.raises(BadInput, match=f"no model of a framework that blockkit knows \\({Model.__module__}\\)"):
+            ask(model)
+
+
+def test_a_backend_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, {Model.__module__: "no_such_module_at_all:it"})
+    with pytest.raises(MissingDependency, match="no_such_module_at_all"):
+        plain().apply(Model())
+
+
+def test_a_model_in_memory_is_judged_and_planned(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict, plan = bk.check(Model(), tokens=1), bk.plan(Model(), example=(1, 2))
+    assert verdict.patchable and plan.steps
+    assert bk.explain(Model(), only=["*.up_proj"], tokens=99).verdict.patchable is False
+    assert asked == [("graphs", None), ("graphs", (1, 2)), ("graphs", None)]
+    graph = framework.found["blocks.0"]
+    monkeypatch.setattr(framework, "found", {"blocks.0": graph, "blocks.1": graph.restricted(freeze=["*"])})
+    assert bk.check(Model()).patchable is False
+
+
+def test_specs_and_models_are_told_apart(asked: list[Any]) -> None:
+    with pytest.raises(BadInput, match="an example is what a model in memory is called with"):
+        bk.check("gemma3-270m", example=1)
+    with pytest.raises(BadInput, match=r"a Model is no spec; .* goes to check, explain or plan"):
+        bk.load(Model())  # type: ignore[arg-type]
+
+
+def test_a_receipt_says_what_became_of_each_parameter() -> None:
+    one = ChangedParameter("layers.0.down.weight", (4, 3), "bfloat16", "merged", 0.25, 1.5, 0.0)
+    receipt = Receipt((one, replace(one, name="norm.weight", shape=(4,), residual=1e-3)), "exact for x")
+    assert not receipt.exact and Receipt((one,), "").exact
+    first, *rows = str(receipt).splitlines()
+    assert first == "2 changed parameter(s); exact for x" and rows[0].startswith("parameter ")
+    assert rows[1].split("  ")[0] == "layers.0.down.weight" and "4 x 3" in rows[1] and "as meant" in rows[1]
+    assert rows[2].endswith("off by 0.001")
