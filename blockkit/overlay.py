@@ -63,6 +63,21 @@ def plus(first: Change | None, second: Change) -> Change:
     raise TypeError("these two changes do not add up")
 
 
+def narrowed(change: Change) -> Change:
+    """The change as files hold it: float32."""
+    if isinstance(change, MatrixChange):
+        left, right = (np.ascontiguousarray(f, np.float32) for f in (change.left, change.right))
+        return MatrixChange(left, right, change.per_token)
+    return VectorChange(np.ascontiguousarray(change.delta, np.float32), change.per_token)
+
+
+def shape_of(change: Change) -> tuple[int, ...]:
+    """The shape of the parameter that a static change fits."""
+    if isinstance(change, MatrixChange):
+        return change.left.shape[-1], change.right.shape[-1]
+    return tuple(change.delta.shape)
+
+
 def dense(weight: np.ndarray, change: Change) -> np.ndarray:
     """The changed parameter, float64, of the original `weight` (a static change)."""
     wide = weight.astype(np.float64)

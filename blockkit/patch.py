@@ -17,7 +17,7 @@ import numpy as np
 from .checkpoint import Model, stored_name
 from .errors import BadInput
 from .in_place import Receipt, backend_of
-from .overlay import Change, MatrixChange, VectorChange, dense
+from .overlay import Change, dense, narrowed, shape_of
 from .patch_file import read_patch, write_patch
 from .weights.folder import write_folder
 
@@ -46,6 +46,8 @@ class Patch:
         transposed: slots whose stored tensor is `[d_in, d_out]`.
         tensors: for a patch of the kit's own models, the weights of the checkpoint that are a slot and nothing
             else; None where the slots are the model's own names.
+        merged: whether it was solved, and measured, for changes rounded into the weights; if not, for changes kept
+            beside them as factors.
     """
 
     changes: Mapping[str, Change]
@@ -61,6 +63,7 @@ class Patch:
     positions: tuple[int, ...] = ()
     transposed: tuple[str, ...] = ()
     tensors: Mapping[str, str] | None = None
+    merged: bool = True
     source: str = field(default="", compare=False)
 
     @property
@@ -103,7 +106,7 @@ class Patch:
     def of(absorbed: Any, model: Model, dtype: str) -> Patch:
         """The patch of an `Absorbed` context, with the fingerprint of the model it was made for."""
         changes = {
-            stored_name(model.architecture, layer, name): _narrow(change)
+            stored_name(model.architecture, layer, name): narrowed(change)
             for layer, overlay in absorbed.overlays.items()
             for name, change in overlay.items()
         }
@@ -121,6 +124,7 @@ class Patch:
             measured,
             transposed=tuple(slot for slot in changes if model.parts[slot].transposed),
             tensors=model.whole_weights(changes),
+            merged=request.merge,
         )
 
     def save(self, path: str | Path) -> None:
@@ -137,7 +141,7 @@ class Patch:
         more = {
             "batch": self.batch if self.batch > 1 else None, "padding": list(self.padding) or None,
             "positions": list(self.positions) or None, "transposed": list(self.transposed) or None,
-            "tensors": None if self.tensors is None else dict(self.tensors),
+            "tensors": None if self.tensors is None else dict(self.tensors), "merged": None if self.merged else False,
         }  # fmt: skip
         write_patch(Path(path), facts | {k: v for k, v in more.items() if v is not None}, self.validity, self.changes)
 
@@ -151,11 +155,12 @@ class Patch:
         facts, changes = read_patch(Path(path))
         return Patch(changes, **facts, source=str(path))
 
-    def apply(self, model: Any, merge: bool = True) -> Receipt:
+    def apply(self, model: Any, merge: bool | None = None) -> Receipt:
         """Puts the patch on a model in memory (a `torch.nn.Module`, say), or leaves it wholly as it was.
 
         Args:
-            merge: into the weights; False keeps the changes beside them, as factors.
+            merge: into the weights; False keeps the changes beside them, as factors; None does what the patch was
+                measured for.
 
         Raises:
             BadInput: no framework's backend knows the model, the patch was made for another one or has no merged
@@ -163,7 +168,8 @@ class Patch:
         """
         if merge:
             self.require_mergeable()
-        return backend_of(model).apply(self, model, merge)
+        each = self.tokens == "each" or any(change.per_token for change in self.changes.values())
+        return backend_of(model).apply(self, model, self.merged and not each if merge is None else merge)
 
     def remove(self, model: Any) -> None:
         """Takes the patch off a model in memory: every byte of every parameter is as it was before `apply`.
@@ -174,7 +180,7 @@ class Patch:
         backend_of(model).remove(self, model)
 
     @contextmanager
-    def applied(self, model: Any, merge: bool = True) -> Iterator[Receipt]:
+    def applied(self, model: Any, merge: bool | None = None) -> Iterator[Receipt]:
         """The model with the patch, for as long as the block runs, however it ends.
 
         Raises:
@@ -198,7 +204,7 @@ class Patch:
         for slot, change in self.changes.items():
             if slot not in model.parts:
                 raise BadInput(f"the patch changes {slot}, which this model ({model.folder.path}) does not have")
-            mine_shape, its_shape = _shape(change), model.parameter(slot).shape
+            mine_shape, its_shape = shape_of(change), model.parameter(slot).shape
             if mine_shape != its_shape:
                 raise BadInput(f"the patch's change of {slot} has the shape {mine_shape}, this model's is {its_shape}")
         found = model.fingerprint(list(self.changes))
@@ -229,18 +235,3 @@ class Patch:
         self.check(model)
         merged = {slot: dense(model.parameter(slot), change) for slot, change in self.changes.items()}
         write_folder(model.folder, out, model.rewritten(merged))
-
-
-def _narrow(change: Change) -> Change:
-    """The change as files hold it: float32."""
-    if isinstance(change, MatrixChange):
-        left, right = (np.ascontiguousarray(f, np.float32) for f in (change.left, change.right))
-        return MatrixChange(left, right, change.per_token)
-    return VectorChange(np.ascontiguousarray(change.delta, np.float32), change.per_token)
-
-
-def _shape(change: Change) -> tuple[int, ...]:
-    """The shape of the parameter that a static change fits."""
-    if isinstance(change, MatrixChange):
-        return change.left.shape[-1], change.right.shape[-1]
-    return tuple(change.delta.shape)

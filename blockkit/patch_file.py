@@ -24,7 +24,9 @@ FACTS = {
     "dtype": str,
     "measured": dict,
 }
-MORE_FACTS = {"batch": int, "padding": list, "positions": list, "transposed": list, "tensors": dict}  # may be absent
+MORE_FACTS = {  # may be absent
+    "batch": int, "padding": list, "positions": list, "transposed": list, "tensors": dict, "merged": bool,
+}  # fmt: skip
 
 
 def write_patch(path: Path, facts: Mapping[str, Any], validity: str, changes: Mapping[str, Change]) -> None:

@@ -223,9 +223,9 @@ def test_a_patch_that_is_not_on_is_not_taken_off(asked: list[Any], monkeypatch: 
 @pytest.mark.parametrize("patch", [ROUND_TRIPS["each"], batched()])
 def test_what_has_no_merged_form_stays_factored(asked: list[Any], patch: Patch) -> None:
     with pytest.raises(BadInput, match="cannot be merged"):
-        patch.apply(Model())
+        patch.apply(Model(), merge=True)
     assert asked == []
-    patch.apply(Model(), merge=False)
+    patch.apply(Model())
     assert asked == [("apply", False)]
 
 

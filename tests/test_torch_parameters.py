@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+from torch.nn import functional  # noqa: E402
 
 from blockkit.backends.pytorch.parameters import Event, Intercepted, intercepting  # noqa: E402
 from blockkit.errors import BadInput  # noqa: E402
@@ -32,9 +32,9 @@ W = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))  # [d_out, d_i
 Z = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
 
 PRODUCTS = {
-    "linear": (W, lambda w: F.linear(Z, w), False),
-    "linear, keywords": (W, lambda w: F.linear(input=Z, weight=w, bias=torch.ones(3)), False),
-    "linear of W.t()": (W.t().contiguous(), lambda w: F.linear(Z, w.t()), True),
+    "linear": (W, lambda w: functional.linear(Z, w), False),
+    "linear, keywords": (W, lambda w: functional.linear(input=Z, weight=w, bias=torch.ones(3)), False),
+    "linear of W.t()": (W.t().contiguous(), lambda w: functional.linear(Z, w.t()), True),
     "addmm": (W.t().contiguous(), lambda w: torch.addmm(torch.ones(3), Z.view(-1, 4), w), True),
     "z @ W": (W.t().contiguous(), lambda w: Z @ w, True),
     "matmul": (W.t().contiguous(), lambda w: torch.matmul(Z, w), True),
@@ -69,12 +69,12 @@ def test_product_and_its_orientation_are_read_off_the_call(kind: str) -> None:
     "call",
     [
         lambda w: w @ Z[0].t(),
-        lambda w: F.linear(Z, w[:2]),
-        lambda w: F.linear(Z, w * 2),
-        lambda w: F.linear(Z, w.reshape(3, 4)),
-        lambda w: F.linear(Z[..., :3], w.view(4, 3)),
+        lambda w: functional.linear(Z, w[:2]),
+        lambda w: functional.linear(Z, w * 2),
+        lambda w: functional.linear(Z, w.reshape(3, 4)),
+        lambda w: functional.linear(Z[..., :3], w.view(4, 3)),
         lambda w: torch.einsum("bti,oi->bot", Z, w),
-        lambda w: F.embedding(torch.tensor([1, 2]), w),
+        lambda w: functional.embedding(torch.tensor([1, 2]), w),
         lambda w: torch.addmm(torch.ones(3), Z[0], w.t(), alpha=2),
         lambda w: Z * w[0],
     ],
@@ -87,10 +87,10 @@ def test_what_is_no_plain_product_is_not_called_one(call: object) -> None:
 def test_slices_of_a_stack_are_products_with_that_slice() -> None:
     stack, index = torch.randn(4, 3, 4), torch.tensor(2)
     calls = {
-        2: lambda w: F.linear(Z, w[2]),
-        3: lambda w: F.linear(Z, w[-1]),
-        1: lambda w: F.linear(Z, w.select(0, 1)),
-        0: lambda w: F.linear(Z, w.unbind(0)[0]),
+        2: lambda w: functional.linear(Z, w[2]),
+        3: lambda w: functional.linear(Z, w[-1]),
+        1: lambda w: functional.linear(Z, w.select(0, 1)),
+        0: lambda w: functional.linear(Z, w.unbind(0)[0]),
     }
     for wanted, call in calls.items():
         (event,), _ = events_of(stack, call)
@@ -187,7 +187,7 @@ class Own(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.rms(self.norm(self.embed(ids))) * self.raw + self.listed[0]
         x = x @ self.listed[1] @ self.named["up"]
-        x = x + sum(F.linear(x, w) for w in self.experts)
+        x = x + sum(functional.linear(x, w) for w in self.experts)
         return self.head(self.rnn(x)[0])
 
 

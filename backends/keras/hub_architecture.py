@@ -3,7 +3,7 @@
 Nothing is looked up by a model's name. What a layer holds is read (kernels and the equations they are used in,
 epsilons, rotary settings); what stands only in its code is measured by calling it (the offset of a norm's scale, the
 factor of the embedding, whether a sliding window is kept). Every variable must have found its place, and `hub.py`
-proves the description against the model's own logits.
+proves the description, block by block, against the model's own run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from blockkit.components import (
 from blockkit.errors import BadInput
 from blockkit.sizes import Size
 
-from .hub_storage import Stored, host
+from .hub_storage import Stored, host, without_gradients
 
 ROLES = {  # the names that KerasHub's blocks have for each part
     "attention_norm": ("pre_attention_norm", "_self_attention_layernorm"),
@@ -99,7 +99,7 @@ def described(model: Any, tokens: int) -> Described:
         width,
         {f"block_{i}": block for i, block in enumerate(blocks)},
         Layers(tuple(kinds), len(kinds)),
-        Embedding(vocabulary, _embedding_scale(backbone)),
+        Embedding(vocabulary, _embedding_scale(model)),
         last,
         Head(tied=bool(table.tie_weights), softcap=table.logit_soft_cap),
     )
@@ -108,7 +108,7 @@ def described(model: Any, tokens: int) -> Described:
 
 
 def _backbone(model: Any) -> Any:
-    backbone = getattr(model, "backbone", None)
+    backbone: Any = getattr(model, "backbone", None)
     if not all(hasattr(backbone, part) for part in ("token_embedding", "transformer_layers", "layer_norm")):
         raise BadInput(
             f"{type(model).__name__} is no KerasHub causal language model with decoder blocks (a backbone that has "
@@ -171,11 +171,11 @@ class BlockReader:
         """Attention and a feed-forward part, each behind a norm and added to the stream."""
         layer, x = self.layer, stream()
         attended = self.attention(self.norm(x, required(layer, "attention_norm"), "attention_norm"))
-        x = x + self._out_norm(attended, "attention_out_norm")
-        normed = self.norm(x, required(layer, "mlp_norm"), "mlp_norm")
+        between = x + self._out_norm(attended, "attention_out_norm")
+        normed = self.norm(between, required(layer, "mlp_norm"), "mlp_norm")
         experts = part(layer, "experts")
         inner = self.mlp(normed) if experts is None else self.experts(normed, experts)
-        return Block(x + self._out_norm(inner, "mlp_out_norm"))
+        return Block(between + self._out_norm(inner, "mlp_out_norm"))
 
     def norm(self, x: Component, layer: Any, name: str) -> Component:
         self.stored[f"{name}.scale"] = Stored.vector(layer.scale)
@@ -212,7 +212,7 @@ class BlockReader:
             window=self._window(layer),
             softcap=getattr(layer, "logit_soft_cap", None),
             scale=scale,
-            bias=tuple(k for k in ("q", "k", "v") if dense[f"{k}_proj"].bias is not None),  # type: ignore[misc]
+            bias=tuple(k for k in ("q", "k", "v") if dense[f"{k}_proj"].bias is not None),
             out_bias=dense["o_proj"].bias is not None,
             name="attention",
         )
@@ -238,8 +238,8 @@ class BlockReader:
         width = self.stored["attention_norm.scale"].shape[0]
         first, second = np.random.default_rng(0).standard_normal((2, 1, window + 1, width)).astype("float32")
         second[:, 1:] = first[:, 1:]
-        seen = [called(self.layer, x)[:, -1] for x in (first, second)]
-        return int(window) if np.allclose(*seen, rtol=1e-6, atol=1e-6 * np.abs(seen).max()) else None
+        one, other = (called(self.layer, x)[:, -1] for x in (first, second))
+        return int(window) if np.abs(one - other).max() <= 1e-6 * np.abs(one).max() else None
 
     def mlp(self, x: Component) -> Component:
         for role in ("gate_proj", "up_proj", "down_proj"):
@@ -272,8 +272,9 @@ def _activation(layer: Any) -> str:
 
 def called(layer: Any, x: np.ndarray) -> np.ndarray:
     """What a layer makes of `x`, on the host in float32."""
-    value = layer(ops.cast(ops.convert_to_tensor(x), layer.compute_dtype), training=False)
-    return np.asarray(ops.convert_to_numpy(ops.cast(ops.stop_gradient(value), "float32")))
+    with without_gradients():
+        value = layer(ops.cast(ops.convert_to_tensor(x), layer.compute_dtype), training=False)
+        return np.asarray(ops.convert_to_numpy(ops.cast(value, "float32")))
 
 
 def norm_offset(layer: Any) -> float:
@@ -319,19 +320,22 @@ def rope_settings(layer: Any, head_dim: int) -> RopeSettings:
     raise BadInput(f"{layer.path}: rotary positions of the type {getattr(layer, 'rope_type', '?')} are not known here")
 
 
-def _embedding_scale(backbone: Any) -> float | None:
-    """What the embedding is multiplied by, as the first block shows it.
+def own_streams(model: Any, ids: np.ndarray) -> list[np.ndarray]:
+    """The model's own residual stream for ids `[tokens]`, float32 `[tokens, d_model]`: what enters each block, and
+    what leaves the last."""
+    backbone = model.backbone
+    stages = [*backbone.transformer_layers, backbone.layer_norm]
+    entering = [s.input[0] if isinstance(s.input, list | tuple) else s.input for s in stages]
+    rows = np.asarray(ids, "int32")[None]
+    with without_gradients():
+        found = keras.Model(backbone.input, entering)({"token_ids": rows, "padding_mask": np.ones_like(rows)})
+        return [np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")))[0] for x in found]
 
-    Raises:
-        BadInput: something else than a multiple of the embedding enters the first block.
-    """
-    entering = backbone.transformer_layers[0].input
-    entering = entering[0] if isinstance(entering, list | tuple) else entering
-    ids = np.arange(min(8, int(backbone.token_embedding.embeddings.shape[0])), dtype="int32")[None]
-    found = keras.Model(backbone.input, entering)({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-    seen = np.asarray(ops.convert_to_numpy(ops.cast(ops.stop_gradient(found), "float32")), np.float64)[0]
-    rows = host(backbone.token_embedding.embeddings).astype(np.float64)[: ids.size]
-    scale = float((seen * rows).sum() / (rows * rows).sum())
-    if not np.abs(seen - scale * rows).max() <= 0.02 * np.abs(seen).max():
-        raise BadInput(f"{backbone.name}: its first block reads more than a multiple of the token embedding")
-    return None if abs(scale - 1) < 1e-6 else scale
+
+def _embedding_scale(model: Any) -> float | None:
+    """What the embedding is multiplied by, as the stream shows it that enters the first block."""
+    table = model.backbone.token_embedding.embeddings
+    ids = np.arange(min(8, int(table.shape[0])))
+    seen, rows = own_streams(model, ids)[0].astype(np.float64), host(table).astype(np.float64)[ids]
+    scale, root = float((seen * rows).sum() / (rows * rows).sum()), float(rows.shape[1]) ** 0.5
+    return next((exact for near, exact in ((1.0, None), (root, root)) if abs(scale / near - 1) < 0.01), scale)

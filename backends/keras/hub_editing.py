@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from keras import ops
 
+from blockkit.arrays import wide_dtype
 from blockkit.errors import BadInput
 from blockkit.in_place import ChangedParameter, Receipt
-from blockkit.overlay import Change, MatrixChange, dense
+from blockkit.overlay import Change, dense, shape_of
 from blockkit.patch import Patch
 
 from .hub_architecture import described
@@ -22,10 +23,10 @@ from .hub_storage import Stored, host, names
 
 @dataclass(frozen=True)
 class _Applied:
-    """A patch that lies on a model, and what its variables held before, by name."""
+    """A patch that lies on a model; the variables that it changed, and what each of them held before."""
 
     patch: Patch
-    originals: Mapping[str, np.ndarray]
+    originals: tuple[tuple[Any, np.ndarray], ...]
 
 
 _applied: WeakKeyDictionary[Any, list[_Applied]] = WeakKeyDictionary()  # by model, the last one on top
@@ -64,11 +65,11 @@ def apply(patch: Patch, model: Any, merge: bool) -> Receipt:
     patch.require_mergeable()
     stored = variables(model)
     _insist_fits(patch, model, stored)
-    originals = {name: host(stored[name].variable) for name in patch.changes}
+    originals = tuple((stored[name].variable, host(stored[name].variable)) for name in patch.changes)
     try:
         changed = [_merge(name, stored[name], change) for name, change in patch.changes.items()]
     except BaseException:
-        _put(stored, originals)
+        _put_back(originals)
         raise
     _applied.setdefault(model, []).append(_Applied(patch, originals))
     return Receipt(tuple(changed), patch.validity)
@@ -86,13 +87,16 @@ def remove(patch: Patch, model: Any) -> None:
     if lying[-1].patch is not patch:
         above = len(lying) - 1 - max(i for i, one in enumerate(lying) if one.patch is patch)
         raise BadInput(f"{above} other patch(es) lie above it on {model.name}; remove the last one applied first")
-    _put(variables(model), lying[-1].originals)
+    held = {id(variable) for variable in model.variables}
+    if gone := [variable.path for variable, _ in lying[-1].originals if id(variable) not in held]:
+        raise BadInput(f"{model.name} does not hold {', '.join(gone[:4])} any more; it was rebuilt after the patch")
+    _put_back(lying[-1].originals)
     lying.pop()
 
 
-def _put(stored: Mapping[str, Stored], values: Mapping[str, np.ndarray]) -> None:
-    for name, value in values.items():
-        stored[name].variable.assign(value)
+def _put_back(originals: Iterable[tuple[Any, np.ndarray]]) -> None:
+    for variable, value in originals:
+        variable.assign(value)
 
 
 def _insist_fits(patch: Patch, model: Any, stored: Mapping[str, Stored]) -> None:
@@ -102,8 +106,10 @@ def _insist_fits(patch: Patch, model: Any, stored: Mapping[str, Stored]) -> None
     for name, change in patch.changes.items():
         if name not in stored:
             raise BadInput(f"the patch changes {name}, which this model ({model.name}) does not have")
-        if (shape := _shape(change)) != stored[name].shape:
-            raise BadInput(f"the patch's change of {name} has the shape {shape}, {model.name}'s is {stored[name].shape}")
+        if (shape := shape_of(change)) != stored[name].shape:
+            raise BadInput(
+                f"the patch's change of {name} has the shape {shape}, {model.name}'s is {stored[name].shape}"
+            )
     if fingerprint(model, stored, patch.changes)["weights"] != patch.made_for.get("weights"):
         raise BadInput(
             f"the patch was made for other weights than {model.name} has now: the hash of the weights that it changes "
@@ -111,19 +117,12 @@ def _insist_fits(patch: Patch, model: Any, stored: Mapping[str, Stored]) -> None
         )
 
 
-def _shape(change: Change) -> tuple[int, ...]:
-    if isinstance(change, MatrixChange):
-        return change.left.shape[-1], change.right.shape[-1]
-    return tuple(change.delta.shape)
-
-
 def _merge(name: str, stored: Stored, change: Change) -> ChangedParameter:
     """Gives one variable its new values, and reads them back."""
     variable, before = stored.variable, stored.read().astype(np.float64)
-    after = dense(before, change)
-    meant = ops.cast(ops.convert_to_tensor(stored.laid_out(after).astype(np.float32), "float32"), variable.dtype) \
-        if str(variable.dtype) != "float64" else ops.convert_to_tensor(stored.laid_out(after), "float64")
-    wanted = np.array(ops.convert_to_numpy(meant)).astype(np.float64)
+    after, wide = dense(before, change), wide_dtype(str(variable.dtype))
+    meant = ops.cast(ops.convert_to_tensor(stored.laid_out(after), wide), variable.dtype)
+    wanted = host(meant).astype(np.float64)
     if not np.isfinite(wanted).all():
         raise BadInput(f"{name}: its new values are no numbers in {variable.dtype}; nothing was changed")
     variable.assign(meant)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -100,6 +102,15 @@ class Parameters(Mapping[str, Any]):
 def host(variable: Any) -> np.ndarray:
     """A copy of a variable's values; of bfloat16, in float32 where NumPy has none."""
     return np.array(ops.convert_to_numpy(variable))
+
+
+def without_gradients() -> contextlib.AbstractContextManager[Any]:
+    """Runs in it record nothing for a backward pass."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 def names(model: Any, stored: Mapping[str, Stored]) -> dict[str, str]:

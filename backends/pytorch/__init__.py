@@ -8,8 +8,10 @@
 """
 
 from .absorbing import absorb
+from .decoding import Sampling
+from .generation import generate
 from .in_place import in_place
 from .patch import TorchPatch as Patch
 from .traced import trace
 
-__all__ = ["Patch", "absorb", "in_place", "trace"]
+__all__ = ["Patch", "Sampling", "absorb", "generate", "in_place", "trace"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from .observe import Chosen
 from .patch import TorchPatch
 from .prompts import Prompt, joined, require_ready
 from .traced import Traced, trace
-from .watching import Rows, Seen, Watcher
+from .watching import Finished, Rows, Seen, Watcher
 
 Retained = Tensor | Iterable[int] | slice
 
@@ -103,15 +104,17 @@ def absorb(
         wanted, target = contextual_run(model, interface, traced, chosen, runs, rows)
         solver = Solver(
             model, traced, rows, chosen, task=task, target=target, capacity=capacity,
-            eps=EPS[_dtype(model)], stored=_originals(model),
+            eps=EPS[model_dtype(model)], stored=originals(model),
         )  # fmt: skip
-        with solver.watching():
+        with suppress(Finished), solver.watching():
             call(model, interface, runs.reduced, rows.tokens, runs.more[1])
-        patch = _patch(model, interface, runs, task, solver, tokens, context, query)
-        with patch.applied(model, merge=merge):
+        patch = absorbed_patch(
+            model, interface, task, solver, tokens, int(context.shape[1]), runs.reduced, solver.changes
+        )
+        with patch.applied(model):
             own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
     measured = compare(_real(own, runs), _real(wanted, runs))
-    _insist(measured, wanted, _dtype(model))
+    _insist(measured, wanted, model_dtype(model))
     return replace(patch, measured={k: getattr(measured, k) for k in ("linf", "tvd", "top1_agree")})
 
 
@@ -178,36 +181,38 @@ def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, freeze: It
     return Task(strategy, per_row, merge, ignored, tuple(freeze))
 
 
-def _originals(model: nn.Module) -> Any:
-    stored = dict(model.named_parameters(remove_duplicate=False))
-    return lambda name: stored[name]
+def originals(model: nn.Module) -> Callable[[str], Tensor]:
+    """The model's parameters, by name in the state dict."""
+    return dict(model.named_parameters(remove_duplicate=False)).__getitem__
 
 
-def _patch(
-    model: nn.Module, interface: Interface, runs: Runs, task: Task, solver: Solver, tokens: str, context: Tensor, query: Tensor
-) -> TorchPatch:
-    changes = {name: _narrow(change) for name, change in solver.changes.items()}
+def absorbed_patch(
+    model: nn.Module, interface: Interface, task: Task, solver: Solver, tokens: str, context: int, reduced: Prompt,
+    changes: Mapping[str, Change],
+) -> TorchPatch:  # fmt: skip
+    """The patch of what a solver found for the reduced prompt; it has not been measured yet."""
+    narrow = {name: _narrow(change) for name, change in changes.items()}
     transposed = tuple(
         block.full(p) for block in solver.traced.blocks for p, lies in block.stored.items()
-        if lies.transposed and block.full(p) in changes
+        if lies.transposed and block.full(p) in narrow
     )  # fmt: skip
-    reduced = runs.reduced
     ids = reduced.value if not reduced.value.is_floating_point() else torch.full(reduced.value.shape[:2], -1)
     positions = reduced.positions if "position_ids" in interface.takes else torch.arange(reduced.length).expand_as(ids)
     padding = () if reduced.mask is None else tuple(int(p) for p in (reduced.mask == 0).sum(1))
     return TorchPatch(
-        changes,
-        fingerprint(model, list(changes)),
+        narrow,
+        fingerprint(model, list(narrow)),
         ", ".join(sorted(solver.strategies)),
         tokens,
-        int(context.shape[1]),
+        context,
         tuple(int(i) for i in ids.flatten().tolist()),
-        _dtype(model),
+        model_dtype(model),
         {},
         batch=reduced.batch,
         padding=padding,
         positions=tuple(int(i) for i in positions.flatten().tolist()),
         transposed=transposed,
+        merged=task.merge,
         device=str(reduced.value.device),
     )
 
@@ -229,7 +234,7 @@ def _real(logits: Tensor, runs: Runs) -> np.ndarray:
     return np.asarray(flat.reshape(-1, logits.shape[-1]).cpu().numpy())
 
 
-def _dtype(model: nn.Module) -> str:
+def model_dtype(model: nn.Module) -> str:
     """The dtype in which the model computes: of its widest matrices' parameters, the first."""
     found = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     name = str(found).removeprefix("torch.")

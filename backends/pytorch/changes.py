@@ -7,6 +7,7 @@ worked out in float64, rows of it at a time, and rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +20,20 @@ from .parameters import Event
 from .translate import Stored
 
 PIECE = 1 << 20  # numbers of a matrix that are worked on at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Arrays of changes as tensors, each made once for a dtype and a device."""
+
+    made: dict[tuple[int, torch.dtype, torch.device], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+
+    def of(self, array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The array's tensor."""
+        key = id(array), dtype, device
+        if key not in self.made:
+            self.made[key] = array, torch.as_tensor(np.asarray(array), dtype=dtype, device=device)
+        return self.made[key][1]
 
 
 def rows_in_place(tensor: Tensor, stored: Stored) -> Tensor:
@@ -52,7 +67,12 @@ def _wide_device(parameter: Tensor) -> torch.device:
 
 
 def changed_result(
-    event: Event, changes: Mapping[str, Change], transposed: Collection[str], batch: int, stored: Callable[[str], Tensor]
+    event: Event,
+    changes: Mapping[str, Change],
+    transposed: Collection[str],
+    batch: int,
+    stored: Callable[[str], Tensor],
+    factors: Factors,
 ) -> Tensor:
     """What the call gives when its parameters are changed, the changes kept as factors.
 
@@ -61,6 +81,7 @@ def changed_result(
         transposed: the names of those stored as `[d_in, d_out]`.
         batch: how many sequences the call works on.
         stored: the parameters as they are.
+        factors: where the changes' arrays become tensors, once.
     """
     whole: dict[str, Tensor] = {}
     beside: list[str] = []
@@ -72,12 +93,19 @@ def changed_result(
             whole[name] = merged_value(stored(name), change, name in transposed)
     output = event.with_values(whole) if whole else event.output
     for name in beside:
-        output = output + _added(event, name, changes[name], batch, output, stored).to(output.dtype)
+        more = _added(event, name, changes[name], batch, output, stored, factors)
+        output = (output.to(more.dtype) + more).to(output.dtype)
     return output
 
 
 def _added(
-    event: Event, name: str, change: Change, batch: int, output: Tensor, stored: Callable[[str], Tensor]
+    event: Event,
+    name: str,
+    change: Change,
+    batch: int,
+    output: Tensor,
+    stored: Callable[[str], Tensor],
+    factors: Factors,
 ) -> Tensor:
     """What a change kept beside its parameter adds to the call's result."""
     if isinstance(change, MatrixChange):
@@ -85,12 +113,12 @@ def _added(
         if product is None:
             raise BadInput(f"{name} is not read as a matrix product, so it cannot have a value for each token")
         z = product.z.to(_wide(product.z.dtype))
-        left, right = (torch.as_tensor(np.asarray(f), dtype=z.dtype, device=z.device) for f in (change.left, change.right))
+        left, right = (factors.of(f, z.dtype, z.device) for f in (change.left, change.right))
         if not change.per_token:
             return (z @ right.t()) @ left
         right, left = (_placed(f, z, batch, name) for f in (right, left))
         return (z * right).sum(-1, keepdim=True) * left
-    delta = torch.as_tensor(np.asarray(change.delta), dtype=_wide(output.dtype), device=output.device)
+    delta = factors.of(change.delta, _wide(output.dtype), output.device)
     rows = _placed(delta, output, batch, name)
     return rows * _slope(event, name, output, stored(name)).to(rows.dtype)
 
@@ -102,6 +130,8 @@ def _placed(rows: Tensor, value: Tensor, batch: int, name: str) -> Tensor:
         return rows.reshape(*value.shape[:-1], -1)
     if len(rows) == batch and value.shape[0] == batch:
         return rows.reshape(batch, *[1] * (value.dim() - 2), -1)
+    if len(rows) == batch and value.dim() == 2 and not tokens % batch:  # the batch folded into the tokens' axis
+        return rows.repeat_interleave(tokens // batch, 0)
     raise BadInput(
         f"the patch holds {len(rows)} rows for {name}, one for each token (or sequence) that it was made for; "
         f"this run has {tokens}"
@@ -111,8 +141,12 @@ def _placed(rows: Tensor, value: Tensor, batch: int, name: str) -> Tensor:
 def _slope(event: Event, name: str, output: Tensor, parameter: Tensor) -> Tensor:
     """By what a vector is multiplied on its way to the result, `[..., width]`: the result grows by slope * delta."""
     wide = _wide(output.dtype)
-    once, never = (event.with_values({name: fill(parameter)}) for fill in (torch.ones_like, torch.zeros_like))
-    return once.to(wide) - never.to(wide)
+    values = (torch.full_like(parameter, float(n)) for n in range(3))
+    never, once, twice = (event.with_values({name: value}).to(wide) for value in values)
+    slope = once - never
+    if not bool(((twice - once - slope).abs() <= 1e-2 * slope.abs().max()).all()):
+        raise BadInput(f"the result does not grow evenly with {name}, so it cannot have a value for each token")
+    return slope
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

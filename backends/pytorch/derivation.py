@@ -67,6 +67,8 @@ def product(
 ) -> tuple[Any, bool, int | None] | None:
     """The other factor, the stored orientation and the slice, if the call is a product with parameter `name`.
 
+    `NAME[e]` asks for the product with slice `e` of a stacked parameter; that slice then is the matrix.
+
     Args:
         args, kwargs: as the model gave them, with derived tensors in them.
     """
@@ -74,23 +76,11 @@ def product(
     if found is None:
         return None
     z, matrix, stored_out_first = found
-    way = _way(matrix, name)
+    way = _way_to_slot(matrix, name)
     if way is None or not isinstance(z, Tensor) or z.dim() == 0 or matrix.dim() != 2 or reads(z, name):
         return None
     flipped, index = way
     return z, flipped == stored_out_first, index
-
-
-def added(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> bool:
-    """Whether the call adds the parameter `name` `[d_out]`, untouched, to a product: a bias."""
-    bias: Any
-    if func is functional.linear:
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    elif func in _ADDMMS and kwargs.get("beta", 1) == 1:
-        bias = args[0]
-    else:
-        return False
-    return getattr(bias, "origin", None) == Root(name) and bias.dim() == 1
 
 
 def reads(tensor: Any, name: str) -> bool:
@@ -135,6 +125,16 @@ def _einsum_factors(args: tuple[Any, ...]) -> tuple[Any, Any, bool] | None:
         if inner in matrix and len(outer) == 1 and outer not in letters and result == rows[:-1] + outer:
             return z, w, matrix == outer + inner
     return None
+
+
+def _way_to_slot(tensor: Any, slot: str) -> tuple[bool, int | None] | None:
+    """`_way`, also to one slice of a stack (`NAME[e]`), which then is the matrix."""
+    way = _way(tensor, slot)
+    if way is not None or not slot.endswith("]"):
+        return way
+    name, _, index = slot[:-1].rpartition("[")
+    way = _way(tensor, name)
+    return (way[0], None) if way is not None and str(way[1]) == index else None
 
 
 def _way(tensor: Any, name: str) -> tuple[bool, int | None] | None:

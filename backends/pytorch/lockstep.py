@@ -21,12 +21,12 @@ from blockkit.overlay import Change, dense, plus
 from blockkit.route import Step
 from blockkit.solve import Operands, solve_step
 
-from .changes import changed_result, merged_value, rows_in_place
+from .changes import Factors, changed_result, merged_value, rows_in_place
 from .observe import Chosen, Values, choose
 from .parameters import Event
 from .traced import Traced, in_context
 from .translate import Tap
-from .watching import Seen, Watcher, host
+from .watching import Finished, Seen, Watcher, host
 
 SAME = 1e-3  # relative difference up to which two residual streams are one, but for rounding
 
@@ -88,6 +88,7 @@ class Solver(Watcher):
         capacity: how many tokens one static change has to serve; None where each has its own.
         changes: the changes found, by name in the state dict.
         strategies: those of the plans that were carried out.
+        stop: whether the forward ends with the last block; what comes after it is of no use then.
     """
 
     task: Task = field(default_factory=lambda: Task(None, False, False))
@@ -99,6 +100,7 @@ class Solver(Watcher):
     residuals: dict[int, float] = field(default_factory=dict)
     using: dict[int, Chosen] = field(default_factory=dict)
     strategies: set[str] = field(default_factory=set)
+    stop: bool = True
 
     def entered(self, place: int, stream: Tensor) -> None:
         """See `Watcher`; a stream that is not the contextual one is a block's own matter to make up for."""
@@ -127,6 +129,8 @@ class Solver(Watcher):
         output = self.traced.blocks[place].graph.output
         mine, wanted = self.seen[place].shown[output], self.target[place].shown[output]
         self.residuals[place] = _apart(mine, wanted, self.task.ignored)
+        if self.stop and place == len(self.traced.blocks) - 1:
+            raise Finished
 
     def read(self, tap: Tap, event: Event) -> Tensor | None:
         """Solves the steps that move what this call reads, and gives what it then gives."""
@@ -144,19 +148,21 @@ class Solver(Watcher):
         return output
 
     def _solve(self, chosen: Chosen, step: Step) -> None:
+        name = self.traced.blocks[self.place].full(step.parameter)
+        self.changes[name] = plus(self.changes.get(name), self.solved(chosen, step))
+
+    def solved(self, chosen: Chosen, step: Step) -> Change:
+        """What the actual values still ask of the step's parameter."""
         graph, block = chosen.plan.graph, self.traced.blocks[self.place]
-        name = block.full(step.parameter)
         actual = self._values(graph, self.seen[self.place])
-        wanted = self._wanted(graph, actual)
-        run = Operands(wanted, actual, self._stored, self.eps)
+        run = Operands(self._wanted(graph, actual), actual, self._stored, self.eps)
         try:
-            change = solve_step(step, graph, run, self.task.per_row)
+            return solve_step(step, graph, run, self.task.per_row)
         except ConditionViolated as error:
             raise ConditionViolated(
                 f"{block.path or 'the model'}: {error}",
-                node=error.node, parameter=name, coordinates=error.coordinates, size=error.size,
+                node=error.node, parameter=block.full(step.parameter), coordinates=error.coordinates, size=error.size,
             ) from None  # fmt: skip
-        self.changes[name] = plus(self.changes.get(name), change)
 
     def _values(self, graph: Graph, seen: Seen) -> Values:
         shown = {n: host(v) for n, v in seen.shown.items() if n in graph.node or n == graph.input}
@@ -185,7 +191,7 @@ class Solver(Watcher):
             values = {n: merged_value(self.stored(n), c, lies[n].transposed) for n, c in moved.items()}
             return event.with_values(values)
         turned = [n for n in moved if lies[n].transposed]
-        return changed_result(event, moved, turned, self.rows.batch, self.stored)
+        return changed_result(event, moved, turned, self.rows.batch, self.stored, Factors())
 
 
 class _Parameters(Mapping[str, np.ndarray]):

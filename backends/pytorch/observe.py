@@ -122,7 +122,7 @@ def choose(
             raise NotPatchable("; ".join([str(error), *reasons])) from None
         problem = next(((s, h) for s in plan.route.steps if (h := hidden_from(s, graph, taps))), None)
         if problem is None:
-            return Chosen(plan, needed_taps(graph, taps))
+            return Chosen(plan, needed_taps(plan, taps))
         step, hidden = problem
         held.append(step.parameter)
         reasons.append(f"{step.parameter} would serve, but {hidden} is not to be seen in a run of the model")
@@ -137,6 +137,32 @@ def _planned(graph: Graph, strategy: str, capacity: int | None, last: bool) -> P
         return None
 
 
-def needed_taps(graph: Graph, taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
-    """The taps at or behind what mixes tokens, and those whose values the way to the output reads."""
-    return tuple(t for t in taps if not t.parameters <= graph.before_mixing or t.output[0] not in graph.before_mixing)
+def needed_taps(plan: Plan, taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
+    """The taps that solving the plan reads: those of its parameters, and those from which other values follow."""
+    graph = plan.graph
+    wanted = {graph.output} if plan.route.steps else set()
+    for step in plan.route.steps:
+        wanted |= asks(step, graph) | reads(step, graph)
+    moved = {step.parameter for step in plan.route.steps}
+    kept = {tap for tap in taps if tap.parameters & moved}
+    pending, seen = list(wanted), set(wanted)
+    while pending:
+        name = pending.pop()
+        tap = _showing(name, graph, taps)
+        if tap is not None:
+            kept.add(tap)
+            continue
+        for arg in graph.node[name].args if name in graph.node and not graph.node[name].op.mixing else ():
+            if arg not in seen and arg not in graph.parameter:
+                seen.add(arg)
+                pending.append(arg)
+    return tuple(tap for tap in taps if tap in kept)
+
+
+def _showing(name: str, graph: Graph, taps: tuple[Tap, ...]) -> Tap | None:
+    """The tap that shows a value: as what it gives, or else as what it reads."""
+    whole = biased(graph, name) if name in graph.node else name
+    for tap in taps:
+        if tap.output[0] in (name, whole):
+            return tap
+    return next((tap for tap in taps if any(name == s for s, _ in tap.signals)), None)

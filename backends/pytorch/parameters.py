@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blockkit.errors import BadInput
 from blockkit.graph import suggest
 
-from .derivation import Origin, Product, Root, Step, added, product
+from .derivation import Origin, Product, Root, Step, product
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +75,11 @@ class Event:
         z, transposed, index = found
         return Product(_plain(z, self._handler), transposed, index)
 
-    def adds(self, name: str) -> bool:
-        """Whether the call adds the vector parameter `name`, as it is, to a product: a bias."""
-        return added(self.func, *self._given, name)
+    def parameter(self, name: str) -> Tensor:
+        """The parameter `name` itself, as it is stored."""
+        found: list[Tensor] = []
+        _gather(self._given, found)
+        return next(root.plain for t in found for root in _roots(t, self._handler) if root.names == (name,))
 
 
 Handler = Callable[[Event], Tensor | None]
@@ -142,7 +144,7 @@ def _made(plain: Tensor, origin: Origin, names: tuple[str, ...], handler: Handle
 
 
 _VALUES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__, Tensor.data.__get__}
-_TEMPLATED = {
+_TEMPLATED: dict[Any, Callable[[Tensor], tuple[Any, tuple[Any, ...]]]] = {
     Tensor.type_as: lambda like: (Tensor.to, (like.dtype,)),
     Tensor.to: lambda like: (Tensor.to, (like.device, like.dtype)),
     Tensor.expand_as: lambda like: (Tensor.expand, (like.shape,)),
@@ -188,7 +190,7 @@ def _derived_or_event(func: Callable[..., Any], args: tuple[Any, ...], kwargs: M
     names = _names(mine, handler)
     plain_args, plain_kwargs = _plain(args, handler), _plain(kwargs, handler)
     others = [t for t in found if not isinstance(t, Intercepted)]
-    if all(isinstance(t, nn.Parameter) for t in others):
+    if all(type(t) is not Tensor and isinstance(t, nn.Parameter) for t in others):
         return _derived(func(*plain_args, **plain_kwargs), Step(func, args, kwargs), names, handler)
     event = Event(names, func, plain_args, plain_kwargs, tuple(others), (args, kwargs), handler)
     result = handler(event)
@@ -222,6 +224,18 @@ def _recomputed(tensor: Intercepted, values: Mapping[str, Tensor], handler: Hand
 
     result = origin.func(*_mapped(origin.args, exchanged), **_mapped(origin.kwargs, exchanged))
     return result if origin.item is None else result[origin.item]
+
+
+def _roots(tensor: Tensor, handler: Handler) -> Iterator[Intercepted]:
+    """The intercepted parameters that a tensor comes from."""
+    if isinstance(tensor, Intercepted) and tensor.handler is handler:
+        if isinstance(tensor.origin, Root):
+            yield tensor
+        else:
+            found: list[Tensor] = []
+            _gather((tensor.origin.args, tensor.origin.kwargs), found)
+            for part in found:
+                yield from _roots(part, handler)
 
 
 def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -267,16 +281,18 @@ def _is_number(index: Any) -> bool:
 
 
 def _names(mine: Sequence[Intercepted], handler: Handler) -> tuple[str, ...]:
+    if len(mine) == 1:
+        return mine[0].names
     return tuple(dict.fromkeys(name for t in mine if t.handler is handler for name in t.names))
 
 
 def _gather(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif isinstance(value, (tuple, list)):
+    elif type(value) is tuple or type(value) is list:
         for v in value:
             _gather(v, found)
-    elif isinstance(value, Mapping):
+    elif type(value) is dict:
         for v in value.values():
             _gather(v, found)
 
@@ -287,13 +303,21 @@ def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
         return change(value)
     if type(value) in (tuple, list):
         return type(value)([_mapped(v, change) for v in value])
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         return {k: _mapped(v, change) for k, v in value.items()}
     return value
 
 
 def _plain(value: Any, handler: Handler) -> Any:
-    return _mapped(value, lambda t: t.plain if isinstance(t, Intercepted) and t.handler is handler else t)
+    """The same nest with plain tensors in place of those that the handler is asked about."""
+    kind = type(value)
+    if kind is Intercepted:
+        return value.plain if value.handler is handler else value
+    if kind is tuple or kind is list:
+        return kind([_plain(v, handler) for v in value])
+    if kind is dict:
+        return {k: _plain(v, handler) for k, v in value.items()}
+    return value
 
 
 def _bare(tensor: Any) -> Any:

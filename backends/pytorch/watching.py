@@ -37,6 +37,10 @@ def host(rows: Tensor) -> np.ndarray:
     return np.asarray(rows.to(device="cpu", dtype=torch.float64).numpy())
 
 
+class Finished(Exception):  # noqa: N818
+    """Nothing that is still to run of a forward is of use to anyone."""
+
+
 @dataclass
 class Seen:
     """What one call of a block has shown so far: rows by the graph's names, `[rows, width]`."""

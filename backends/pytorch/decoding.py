@@ -1,0 +1,111 @@
+"""Running a model token by token, with or without a cache of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockkit.errors import BadInput
+
+from .calling import Interface, logits_of
+from .prompts import Prompt
+
+
+@dataclass
+class Decoder:
+    """A sequence that grows, run by the model itself.
+
+    Attributes:
+        caching: whether earlier tokens are remembered by the model; if not, all of them run again for every step.
+    """
+
+    model: nn.Module
+    interface: Interface
+    caching: bool = True
+    past: Any = None
+    before: Prompt | None = field(default=None, repr=False)
+
+    def run(self, prompt: Prompt, keep: int = 1) -> Tensor:
+        """The logits `[batch, keep, vocabulary]` of the last `keep` tokens, behind all that ran before."""
+        if not self.caching:
+            self.before = prompt if self.before is None else _followed(self.before, prompt)
+            prompt = self.before
+        options = prompt.options(logits_to_keep=keep)
+        if self.caching:
+            options |= {"use_cache": True, "past_key_values": self.past}
+        args, kwargs = self.interface.inputs(prompt.value, **options)
+        result = self.model(*args, **kwargs)
+        self.past = getattr(result, "past_key_values", None) if self.caching else None
+        return logits_of(result)[:, -keep:]
+
+    def begin(self) -> None:
+        """An empty cache of the kind the model makes, for runs that are cut short before they give it back."""
+        if self.caching:
+            self.past = empty_cache(self.model)
+
+
+def _followed(before: Prompt, prompt: Prompt) -> Prompt:
+    return Prompt(
+        torch.cat([before.value, prompt.value], 1), torch.cat([before.positions, prompt.positions], 1)
+    )
+
+
+def empty_cache(model: nn.Module) -> Any:
+    """A cache that the model fills as it runs."""
+    from transformers import DynamicCache
+
+    config = getattr(model, "config", None)
+    try:
+        return DynamicCache(config=config)
+    except Exception as error:
+        raise BadInput(f"no cache can be made for {type(model).__name__}: {error}") from error
+
+
+def can_cache(model: nn.Module, interface: Interface) -> bool:
+    """Whether the model takes and gives a cache of keys and values that is filled in place."""
+    return {"past_key_values", "use_cache"} <= interface.takes and hasattr(model, "config")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most probable one.
+        top_k, top_p: only the k most probable, or the fewest that hold this much probability.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise BadInput(f"temperature must be 0 (the most probable token) or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise BadInput(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """The next token for logits `[vocabulary]`."""
+        logits = logits.float().cpu()
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities = torch.softmax(logits / self.temperature, -1)
+        ordered, places = probabilities.sort(descending=True)
+        kept = torch.ones_like(ordered, dtype=torch.bool)
+        if self.top_k is not None:
+            kept[self.top_k :] = False
+        if self.top_p is not None:
+            kept &= ordered.cumsum(0) - ordered < self.top_p
+        drawn = torch.multinomial(ordered * kept, 1, generator=generator)
+        return int(places[drawn])

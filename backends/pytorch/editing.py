@@ -1,0 +1,375 @@
+"""A patch put on a model that is in memory, and taken off again.
+
+Everything is checked before anything is changed, and whatever fails on the way leaves the model as it was, byte for
+byte: the originals are kept, never worked out again. Several patches lie on a model like plates: the last one that was
+put on is the first that comes off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blockkit.errors import BadInput
+from blockkit.in_place import ChangedParameter, Receipt
+from blockkit.overlay import Change, MatrixChange
+from blockkit.patch import Patch
+
+from .changes import PIECE, Factors, changed_result, merged_value
+from .parameters import Event, Intercepted, intercept
+from .slots import Slot, find, named, require_fit, require_plain, require_untied, tied_with
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A patch that lies on a model, and how it is taken off."""
+
+    patch: Patch
+    restore: Callable[[], None]
+
+
+WORDS = 4096  # of the weights that are hashed at a time
+_APPLIED: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
+
+
+# -- which model a patch is for --------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What a patch of these slots must find again.
+
+    Returns:
+        `architecture`: the class, and a hash of all parameters' names, shapes and dtypes;
+        `weights`: a hash of the slots' bytes, and of the changes kept beside them.
+
+    Raises:
+        BadInput: a slot does not exist, or its numbers are not there.
+    """
+    layout = hashlib.sha256()
+    parameters = named(model)
+    for name, parameter in sorted(parameters.items()):
+        layout.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+    weights = hashlib.sha256()
+    for name, slot in sorted(find(model, names).items()):
+        require_plain(slot)
+        weights.update(f"{name} {list(slot.tensor.shape)} {slot.tensor.dtype}\n".encode())
+        _hash(weights, slot.tensor)
+        above = parameters[slot.parameter]
+        while isinstance(above, Intercepted):
+            if isinstance(above.handler, Factored):
+                weights.update(above.handler.digest(slot.parameter))
+            above = above.plain
+    kind = type(model)
+    return {
+        "architecture": f"{kind.__module__}.{kind.__qualname__} {layout.hexdigest()[:16]}",
+        "weights": weights.hexdigest(),
+    }
+
+
+def _hash(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Adds the tensor's bytes: sums of its words by their place modulo `WORDS`, which no single change leaves alone.
+
+    That is read at the speed of memory, so that a patch of a large model costs no more than a look at its weights.
+    """
+    flat = tensor.contiguous().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    rest = len(flat) % WORDS
+    sums = flat[: len(flat) - rest].reshape(-1, WORDS).sum(0, dtype=torch.int64)
+    digest.update(sums.cpu().numpy().tobytes())
+    digest.update(flat[len(flat) - rest :].cpu().numpy().tobytes())
+
+
+def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:
+    """Refuses a model for which the patch was not made, or whose parameters cannot be changed; gives the slots.
+
+    Raises:
+        BadInput: a slot does not exist, has another shape, is quantised, not loaded or tied, or the weights differ.
+    """
+    slots = find(model, patch.changes)
+    for name, slot in slots.items():
+        require_plain(slot)
+        require_fit(slot, patch.changes[name], name in patch.transposed)
+    require_untied(model, slots.values())
+    its = fingerprint(model, patch.changes)
+    made_for = patch.made_for
+    if made_for.get("architecture") != its["architecture"]:
+        raise BadInput(
+            f"the patch was made for {made_for.get('architecture')}, this model is {its['architecture']}: "
+            "its class, or a name, shape or dtype of its parameters differs"
+        )
+    if made_for.get("weights") != its["weights"]:
+        raise BadInput(
+            f"the patch was made for other values of the weights that it changes ({_some(patch.changes)}) than this "
+            f"{type(model).__name__} has{_who_changed(patch, model)}"
+        )
+    return slots
+
+
+def _who_changed(patch: Patch, model: nn.Module) -> str:
+    own = {slot.parameter for slot in find(model, patch.changes).values()}
+    for other in _APPLIED.get(model, []):
+        shared = own & {slot.parameter for slot in find(model, other.patch.changes).values()}
+        if shared:
+            return f": {_said(other.patch)}, which lies on it, changes {_some(shared)} too; remove that one first"
+    return ""
+
+
+# -- on and off ------------------------------------------------------------------------------------
+
+
+def apply(patch: Patch, model: nn.Module, merge: bool) -> Receipt:
+    """Puts the patch on the model, or leaves the model wholly as it was.
+
+    Args:
+        merge: into the weights; False keeps the changes beside them, as factors.
+
+    Raises:
+        BadInput: see `check`; or the patch has no merged form, or a weight is read-only or would overflow.
+    """
+    if any(_same(applied.patch, patch) for applied in _APPLIED.get(model, [])):
+        raise BadInput(f"{_said(patch)} is on this {type(model).__name__} already")
+    if merge and (patch.tokens == "each" or any(c.per_token for c in patch.changes.values())):
+        raise BadInput(
+            "the patch holds different values for every token (or prompt), so it cannot be merged into the weights; "
+            "use merge=False, which keeps them beside the weights"
+        )
+    slots = check(patch, model)
+    with torch.inference_mode(False), torch.no_grad():
+        return _merge(patch, model, slots) if merge else _put_beside(patch, model, slots)
+
+
+def remove(patch: Patch, model: nn.Module) -> None:
+    """Takes the patch off: every byte of every parameter is as it was before `apply`.
+
+    Raises:
+        BadInput: the patch is not on the model, another one lies above it, or a changed parameter has been
+            exchanged for one of another shape or dtype since.
+    """
+    stack = _APPLIED.get(model, [])
+    place = next((i for i, applied in enumerate(stack) if _same(applied.patch, patch)), None)
+    if place is None:
+        raise BadInput(f"{_said(patch)} is not on this {type(model).__name__}")
+    if place < len(stack) - 1:
+        above = ", then ".join(_said(applied.patch) for applied in reversed(stack[place + 1 :]))
+        raise BadInput(f"{_said(patch)} lies under others on this {type(model).__name__}; remove first {above}")
+    with torch.inference_mode(False), torch.no_grad():
+        stack[-1].restore()
+    stack.pop()
+
+
+def _same(one: Patch, other: Patch) -> bool:
+    """Whether two patches are one, perhaps saved and loaded in between."""
+    if one is other:
+        return True
+    mine, its = ((dict(p.made_for), p.query, p.changes.keys()) for p in (one, other))
+    return mine == its and all(_digest(one.changes[name]) == _digest(other.changes[name]) for name in one.changes)
+
+
+def _digest(change: Change) -> bytes:
+    found = hashlib.sha256()
+    for part in _parts(change):
+        found.update(np.ascontiguousarray(part, np.float32).tobytes())
+    return found.digest()
+
+
+def _parts(change: Change) -> tuple[np.ndarray, ...]:
+    return (change.left, change.right) if isinstance(change, MatrixChange) else (change.delta,)
+
+
+def untie(model: nn.Module, name: str) -> None:
+    """Gives the parameter `name` its own memory; whatever shared it keeps the old one. No value changes.
+
+    A Hugging Face model is told so (`config.tie_word_embeddings`), lest a saved copy be tied again when loaded.
+
+    Raises:
+        BadInput: there is no such parameter, it shares memory with none, or a patch lies on the model.
+    """
+    if _APPLIED.get(model):
+        raise BadInput("a patch lies on the model; remove it before untying")
+    slot = find(model, [name])[name]
+    require_plain(slot)
+    if slot.index is not None or not tied_with(model, name):
+        raise BadInput(f"{name} shares its memory with no other parameter or buffer")
+    path, _, leaf = name.rpartition(".")
+    own = nn.Parameter(slot.whole.detach().clone(), requires_grad=slot.whole.requires_grad)
+    setattr(model.get_submodule(path), leaf, own)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+
+
+# -- merged ----------------------------------------------------------------------------------------
+
+
+def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
+    for slot in slots.values():
+        if slot.whole.is_inference():
+            raise BadInput(
+                f"{slot.parameter} was made in torch.inference_mode() and is read-only; use merge=False, or load the "
+                "model outside of it"
+            )
+    originals = {name: slot.tensor.clone() for name, slot in slots.items()}
+    rows = []
+    try:
+        for name, slot in slots.items():
+            change = patch.changes[name]
+            value = merged_value(slot.tensor, change, name in patch.transposed)
+            if not value.isfinite().all():
+                raise BadInput(f"{name} does not hold the change: {value.dtype} overflows; use merge=False")
+            _write(slot.tensor, value)
+            rows.append(_row(slot, change, "merged", _difference(slot.tensor, value)))
+        _APPLIED.setdefault(model, []).append(Applied(patch, lambda: _restore(model, originals)))
+    except BaseException:
+        for name, original in originals.items():
+            _write(slots[name].tensor, original)
+        raise
+    return Receipt(tuple(rows), patch.validity)
+
+
+def _restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    slots = find(model, originals)
+    for name, original in originals.items():
+        found = slots[name].tensor
+        if (found.shape, found.dtype) != (original.shape, original.dtype):
+            raise BadInput(
+                f"{name} was {list(original.shape)} {original.dtype} when the patch was put on, and is "
+                f"{list(found.shape)} {found.dtype} now; it cannot be restored"
+            )
+    for name, original in originals.items():
+        _write(slots[name].tensor, original)
+
+
+def _write(place: Tensor, value: Tensor) -> None:
+    """Copies the value where the parameter's numbers are."""
+    place.copy_(value)
+
+
+def _difference(found: Tensor, meant: Tensor) -> float:
+    return 0.0 if torch.equal(found, meant) else float((found.double() - meant.double()).abs().max())
+
+
+# -- beside the weights ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """Gives the results that the model's calls have with a patch's changes, kept beside the parameters.
+
+    Attributes:
+        slots: the patch's, by parameter and the index of a slice.
+    """
+
+    patch: Patch
+    slots: Mapping[str, Mapping[int | None, Slot]]
+    factors: Factors = field(default_factory=Factors)
+
+    def __call__(self, event: Event) -> Tensor | None:
+        beside: dict[str, Change] = {}
+        stacks: dict[str, Tensor] = {}
+        for name in event.names:
+            own = self.slots[name]
+            if None in own:
+                beside[name] = self.patch.changes[name]
+            elif (product := event.product(name)) is not None and product.index is not None:
+                if product.index in own:
+                    slot = own[product.index].name
+                    beside[slot] = self.patch.changes[slot]
+            else:
+                stacks[name] = self._stack(event.parameter(name), own)
+        if stacks:
+            if any(change.per_token for change in beside.values()):
+                raise BadInput(f"{_some(beside)} and a stack are read at once; a stack has no values for each token")
+            whole = {n: merged_value(event.parameter(n), c, n in self.patch.transposed) for n, c in beside.items()}
+            return event.with_values(stacks | whole)
+        if not beside:
+            return None
+        self._require_query(event, beside)
+
+        def stored(name: str) -> Tensor:
+            return event.parameter(name)
+
+        return changed_result(event, beside, self.patch.transposed, self.patch.batch, stored, self.factors)
+
+    def _require_query(self, event: Event, beside: Mapping[str, Change]) -> None:
+        """Refuses other prompts with as many tokens in all: rows would be mistaken for one another."""
+        batch, tokens = self.patch.batch, len(self.patch.query) // self.patch.batch
+        own_rows = any(change.per_token and len(_parts(change)[0]) == batch * tokens for change in beside.values())
+        if own_rows and event.output.dim() > 2 and batch > 1 and tuple(event.output.shape[:2]) != (batch, tokens):
+            raise BadInput(
+                f"the patch holds values for {batch} prompts of {tokens} tokens each ({_some(beside)}), "
+                f"and the model was run on {list(event.output.shape[:2])}"
+            )
+
+    def _stack(self, parameter: Tensor, own: Mapping[int | None, Slot]) -> Tensor:
+        """The whole stack with its changed slices, for calls that read several at once."""
+        changed = parameter.detach().clone()
+        for index, slot in own.items():
+            change = self.patch.changes[slot.name]
+            if change.per_token:
+                raise BadInput(f"{slot.name} is read with its whole stack, so it cannot have a value for each token")
+            changed[index] = merged_value(changed[index], change, slot.name in self.patch.transposed)
+        return changed
+
+    def digest(self, parameter: str) -> bytes:
+        """A hash of what is kept beside the parameter."""
+        return b"".join(_digest(self.patch.changes[slot.name]) for slot in self.slots[parameter].values())
+
+
+def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
+    by_parameter: dict[str, dict[int | None, Slot]] = {}
+    for slot in slots.values():
+        by_parameter.setdefault(slot.parameter, {})[slot.index] = slot
+    handler = Factored(patch, by_parameter)
+    restore = intercept(model, list(by_parameter), handler)
+    try:
+        found = named(model)
+        for name in by_parameter:
+            if getattr(found[name], "handler", None) is not handler:
+                raise BadInput(f"{name} cannot be intercepted: its module gives another tensor back")
+        rows = tuple(_row(slot, patch.changes[name], "factored", 0.0) for name, slot in slots.items())
+        _APPLIED.setdefault(model, []).append(Applied(patch, restore))
+    except BaseException:
+        restore()
+        raise
+    return Receipt(rows, patch.validity)
+
+
+# -- what is said ----------------------------------------------------------------------------------
+
+
+def _row(slot: Slot, change: Change, how: str, residual: float) -> ChangedParameter:
+    tensor = slot.tensor
+    largest, norm = _sizes(change)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return ChangedParameter(slot.name, tuple(tensor.shape), dtype, how, largest, norm, residual)
+
+
+def _sizes(change: Change) -> tuple[float, float]:
+    """Largest absolute value and Frobenius norm of a change; of all its rows together, where each has its own."""
+    if not isinstance(change, MatrixChange):
+        delta = np.asarray(change.delta, np.float64)
+        return float(np.abs(delta).max(initial=0)), float(np.linalg.norm(delta))
+    left, right = (np.asarray(f, np.float64) for f in (change.left, change.right))
+    if change.per_token or len(left) == 1:
+        largest = np.abs(left).max(-1, initial=0) * np.abs(right).max(-1, initial=0)
+        norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+        return float(largest.max(initial=0)), float(np.linalg.norm(norms))
+    step = max(1, PIECE // right.shape[1])
+    pieces = (left[:, start : start + step].T @ right for start in range(0, left.shape[1], step))
+    largest_of_all = max((float(np.abs(piece).max(initial=0)) for piece in pieces), default=0.0)
+    return largest_of_all, float(np.sqrt(max(0.0, ((left @ left.T) * (right @ right.T)).sum())))
+
+
+def _said(patch: Patch) -> str:
+    return f"the patch {patch.source}" if patch.source else f"the patch of {_some(patch.changes)}"
+
+
+def _some(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
