@@ -23,7 +23,7 @@ Settings = dict[str, Any]
 
 SIZES: Settings = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim", "lru_width"), 32),
+    **dict.fromkeys(("hidden_size", "hidden_size_global", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim", "lru_width"), 32),
     **dict.fromkeys(("word_embed_proj_dim", "input_embedding_size", "output_embedding_size", "embed_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2),
     **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers", "num_blocks"), 2),
@@ -63,24 +63,38 @@ SIZES: Settings = {
 # What a class needs besides, and why the rules do not find it.
 MORE: Mapping[str, Settings] = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "BltForCausalLM": {
+        "num_hidden_layers": 2, "global_config.encoder_cross_output_size": 64,
+        **{f"{part}_config.head_dim": 8 for part in ("patcher", "encoder", "decoder", "global")},
+    },
     "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "DbrxForCausalLM": {"attn_config.rope_theta": 1e4},
+    "DbrxForCausalLM": {"attn_config.clip_qkv": 8.0, "attn_config.rope_theta": 1e4},
+    "Dots1ForCausalLM": {"n_shared_experts": 1},
     "Dots3NoteForCausalLM": {"num_key_value_heads": 4},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 64},
+    "Gemma3nForCausalLM": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
+    "Gemma4AssistantForCausalLM": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2}},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
-    "HrmTextForCausalLM": {"num_layers_per_stack": 2},
+    "HrmTextForCausalLM": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "HeliumForCausalLM": {"head_dim": 8},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    **dict.fromkeys(("MusicgenForCausalLM", "MusicgenMelodyForCausalLM"), {"num_codebooks": 1}),  # else many ids a token
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4,
+        "indexer_compress_ratio": 2, "hc_lowrank": 8,
+    },
     "ReformerModelWithLMHead": {
         "attn_layers": ["local", "lsh"], "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16],
         "attention_head_size": 8, "hash_seed": 0, "num_buckets": 2,
         "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8,
     },
     "XLMWithLMHeadModel": {"causal": True},
-    "XLNetLMHeadModel": {"d_head": 8},
+    "XLNetLMHeadModel": {"d_head": 8, "attn_type": "uni"},
     "XmodForCausalLM": {"default_language": "en_XX"},
+    "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }  # fmt: skip
 

@@ -104,7 +104,7 @@ def absorb(
         wanted, target = contextual_run(model, interface, traced, chosen, runs, rows)
         solver = Solver(
             model, traced, rows, chosen, task=task, target=target, capacity=capacity,
-            eps=EPS[model_dtype(model)], stored=originals(model),
+            eps=EPS[model_dtype(model)], stored=originals(model), length=_length(runs),
         )  # fmt: skip
         with suppress(Finished), solver.watching():
             call(model, interface, runs.reduced, rows.tokens, runs.more[1])
@@ -141,13 +141,22 @@ def _runs(
 ) -> Runs:  # fmt: skip
     whole = joined(model, context, query, masks)
     n, q = int(context.shape[1]), int(query.shape[1])
-    reduced = whole.kept(torch.cat([_places(retain, n).to(whole.value.device), torch.arange(n, n + q, device=whole.value.device)]))
+    device = whole.value.device
+    reduced = whole.kept(torch.cat([_places(retain, n).to(device), torch.arange(n, n + q, device=device)]))
+    if retain is not None and reduced.mask is None:  # without it, a jump in positions may pass for another sequence
+        reduced = replace(reduced, mask=torch.ones_like(reduced.positions))
     if not query.is_floating_point() and whole.value.is_floating_point() and retain is None:
         reduced = replace(reduced, value=query)  # the ordinary call of the edited model reads ids
     own = {} if decoder is None else {"decoder_input_ids": decoder}
     more = {**own, **(context_inputs or {})}, own
     length = q if decoder is None else int(decoder.shape[1])
     return Runs(whole, reduced, 1 if tokens == "last" else length, more)
+
+
+def _length(runs: Runs) -> int:
+    """How many tokens the blocks of the reduced run see in each sequence."""
+    decoder = runs.more[1].get("decoder_input_ids")
+    return int(decoder.shape[1]) if isinstance(decoder, Tensor) else runs.reduced.length
 
 
 def _places(retain: Retained | None, n: int) -> Tensor:
@@ -178,7 +187,7 @@ def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, freeze: It
     if mask is not None and tokens != "last":
         ignored = (mask[:, -runs.served :] == 0).reshape(-1).cpu().numpy()
         ignored = ignored if ignored.any() else None
-    return Task(strategy, per_row, merge, ignored, tuple(freeze))
+    return Task(strategy, per_row, merge, tokens == "each", ignored, tuple(freeze))
 
 
 def originals(model: nn.Module) -> Callable[[str], Tensor]:
@@ -198,7 +207,7 @@ def absorbed_patch(
     )  # fmt: skip
     ids = reduced.value if not reduced.value.is_floating_point() else torch.full(reduced.value.shape[:2], -1)
     positions = reduced.positions if "position_ids" in interface.takes else torch.arange(reduced.length).expand_as(ids)
-    padding = () if reduced.mask is None else tuple(int(p) for p in (reduced.mask == 0).sum(1))
+    pads = [] if reduced.mask is None else [int(p) for p in (reduced.mask == 0).sum(1)]
     return TorchPatch(
         narrow,
         fingerprint(model, list(narrow)),
@@ -209,7 +218,7 @@ def absorbed_patch(
         model_dtype(model),
         {},
         batch=reduced.batch,
-        padding=padding,
+        padding=tuple(pads) if any(pads) else (),
         positions=tuple(int(i) for i in positions.flatten().tolist()),
         transposed=transposed,
         merged=task.merge,

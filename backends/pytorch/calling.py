@@ -40,7 +40,8 @@ class Interface:
 
     def inputs(self, value: Tensor, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call: ids `[batch, n]` or embeddings `[batch, n, d_model]`, and those options it takes."""
-        kept = {k: v for k, v in options.items() if v is not None and k in self.takes}
+        passed_on = self.takes | ({"use_cache"} if self.anything else set())
+        kept = {k: v for k, v in options.items() if v is not None and k in passed_on}
         if not value.is_floating_point() and "input_ids" in self.takes:
             return (), {"input_ids": value, **kept}
         if value.is_floating_point() and "inputs_embeds" in self.takes:

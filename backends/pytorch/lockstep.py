@@ -17,7 +17,7 @@ from torch import Tensor
 from blockkit.errors import ConditionViolated, NotPatchable
 from blockkit.graph import Graph
 from blockkit.lockstep import EPS
-from blockkit.overlay import Change, dense, plus
+from blockkit.overlay import Change, MatrixChange, VectorChange, dense, plus
 from blockkit.route import Step
 from blockkit.solve import Operands, solve_step
 
@@ -38,6 +38,7 @@ class Task:
     Attributes:
         strategy: how routes are chosen; None for the default.
         per_row: each served row has a change of its own, in place of one for all.
+        per_token: then these are rows of tokens, in place of one row for each sequence.
         merge: changes are rounded into the weights, in place of being kept beside them as factors.
         ignored: `[rows]`, rows that hold padding; None where there are none.
         frozen: parameters that may not move, by name in the block.
@@ -46,6 +47,7 @@ class Task:
     strategy: str | None
     per_row: bool
     merge: bool
+    per_token: bool = False
     ignored: np.ndarray | None = None
     frozen: tuple[str, ...] = ()
 
@@ -88,6 +90,7 @@ class Solver(Watcher):
         capacity: how many tokens one static change has to serve; None where each has its own.
         changes: the changes found, by name in the state dict.
         strategies: those of the plans that were carried out.
+        length: how many tokens each sequence of the run has.
         stop: whether the forward ends with the last block; what comes after it is of no use then.
     """
 
@@ -101,6 +104,7 @@ class Solver(Watcher):
     using: dict[int, Chosen] = field(default_factory=dict)
     strategies: set[str] = field(default_factory=set)
     stop: bool = True
+    length: int = 0
 
     def entered(self, place: int, stream: Tensor) -> None:
         """See `Watcher`; a stream that is not the contextual one is a block's own matter to make up for."""
@@ -157,12 +161,27 @@ class Solver(Watcher):
         actual = self._values(graph, self.seen[self.place])
         run = Operands(self._wanted(graph, actual), actual, self._stored, self.eps)
         try:
-            return solve_step(step, graph, run, self.task.per_row)
+            change = solve_step(step, graph, run, self.task.per_row)
+            return self._for_all_rows(change) if change.per_token and self.task.per_token else change
         except ConditionViolated as error:
             raise ConditionViolated(
                 f"{block.path or 'the model'}: {error}",
                 node=error.node, parameter=block.full(step.parameter), coordinates=error.coordinates, size=error.size,
             ) from None  # fmt: skip
+
+    def _for_all_rows(self, change: Change) -> Change:
+        """Changes for each served token as changes for each token of the run: none for those before them."""
+        batch, served, before = self.rows.batch, self.rows.tokens, self.length - self.rows.tokens
+
+        def widened(rows: np.ndarray) -> np.ndarray:
+            each = rows.reshape(batch, served, -1)
+            return np.concatenate([np.zeros((batch, before, each.shape[-1])), each], 1).reshape(batch * self.length, -1)
+
+        if not before:
+            return change
+        if isinstance(change, MatrixChange):
+            return MatrixChange(widened(change.left), widened(change.right), True)
+        return VectorChange(widened(change.delta), True)
 
     def _values(self, graph: Graph, seen: Seen) -> Values:
         shown = {n: host(v) for n, v in seen.shown.items() if n in graph.node or n == graph.input}
