@@ -327,6 +327,63 @@ def export(
 
 
 @app.command()
+def generate(
+    model: ModelPath,
+    prompt: TextOption,
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate at most.")] = 20,
+    dtype: Dtype = "float32",
+    tokens: Annotated[
+        str, typer.Option(help="each: a patch for every token; all: one static patch that grows.")
+    ] = "each",
+    strategy: StrategyName = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Round the changes into the weights.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens of this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    metrics: Annotated[Path | None, typer.Option(help="Write all measurements to this .json or .csv file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the errors into this .png, .svg or .pdf file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate with the prompt as context, and with the prompt absorbed into the weights, token by token."""
+    from . import generation
+    from . import generation_report as report_
+    from .weights.extras import require
+
+    _require_known("--dtype", dtype, DTYPES)
+    _require_known("--tokens", tokens, generation.MODES)
+    if strategy is not None:
+        _require_known("--strategy", strategy, STRATEGIES)
+    settings = generation.Settings(max_new_tokens, dtype, tokens, strategy, merge, temperature, top_k, top_p, seed)
+    text = _text("--prompt", prompt)
+    for option, file, kinds in (("--metrics", metrics, report_.METRICS), ("--plot", plot, report_.PLOTS)):
+        if file is not None:
+            report_.require_suffix(option, file, kinds)
+            _require_writable(file, option)
+    if plot is not None:
+        require("matplotlib")
+
+    with progress() as report:
+        run = generation.Run(model, text, settings, report)
+        if as_json:
+            for number, _ in enumerate(run, 1):
+                report("generating", number / max_new_tokens)
+    if not as_json:  # without a line of progress, among which they would be torn
+        show(None, report_.HEAD, False)
+        for step, piece in run:
+            show(None, report_.token_line(step, piece), False)
+    with progress() as report:
+        found = run.finish(report)
+    result = report_.generated_json(found)
+    if metrics is not None:
+        report_.write_metrics(result, metrics)
+    if plot is not None:
+        report_.write_plot(result, plot)
+    show(result, f"\n{found.text}\n\n{report_.generated_text(result)}", as_json)
+    raise typer.Exit(0 if found.faithful else 1)
+
+
+@app.command()
 def demo(backend: BackendName = None, as_json: AsJson = False) -> None:
     """The main job on the real Gemma 3 270M, from its package, and a page of results."""
     from .demo import run_demo

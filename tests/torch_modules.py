@@ -1,4 +1,4 @@
-"""Modules as people write them: blocks of unusual kinds and small language models, none of them known to any library."""
+"""Modules as people write them: blocks of unusual kinds and small language models, known to no library."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class TwoMixers(Base):
 
 
 class Recurrent(Base):
-    """Attention, then a GRU or an LSTM in a branch of its own."""
+    """Attention, then a GRU or an LSTM in a branch of its own; one norm serves two branches."""
 
     def __init__(self, kind: type[nn.RNNBase] = nn.GRU) -> None:
         super().__init__()
@@ -563,4 +563,74 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "last_makes_up": lambda: LanguageModel(NoProjection(mlp=False), LayerScale()),
     "positions": lambda: LanguageModel(LayerScale(), LayerScale(), positions=True),
     "inline": lambda: Inline(LayerScale(), LayerScale()),
+}
+
+
+class TransposedModel(LanguageModel):
+    """Blocks that read `[tokens, batch, d_model]`."""
+
+    def run(self, x: Tensor) -> Tensor:
+        return super().run(x.transpose(0, 1)).transpose(0, 1)
+
+
+class TuplesModel(LanguageModel):
+    """Blocks that give tuples."""
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)[0]
+        return x
+
+
+class MappingsModel(LanguageModel):
+    """Blocks that are called by keyword and give mappings."""
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(hidden=x)["hidden"]
+        return x
+
+
+class Library(LanguageModel):
+    """`nn.TransformerEncoder`, causal."""
+
+    def build(self, *blocks: nn.Module) -> None:
+        layer = nn.TransformerEncoderLayer(D, HEADS, HIDDEN, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def run(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        found: Tensor = self.encoder(x, mask=mask, is_causal=True)
+        return found
+
+
+class WritesStream(Base):
+    """A block that changes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.attn(self.n1(x))
+        x += self.mlp(self.n2(x))
+        return x
+
+
+class Recycled(LanguageModel):
+    """One block twice, then one of its own."""
+
+    def run(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.blocks[0](x)
+        return self.blocks[1](x)  # type: ignore[no-any-return]
+
+
+MODELS |= {
+    "transposed": lambda: TransposedModel(TokensFirst(), TokensFirst()),
+    "tuples": lambda: TuplesModel(GivesTuple(), GivesTuple()),
+    "mappings": lambda: MappingsModel(GivesMapping(), GivesMapping()),
+    "library": Library,
+    "writes_stream": lambda: LanguageModel(WritesStream(), WritesStream()),
+    "recycled": lambda: Recycled(LayerScale(), LayerScale()),
 }

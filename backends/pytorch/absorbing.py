@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blockkit.algorithm import LOOSEST
-from blockkit.errors import BadInput, ExactnessLost
+from blockkit.errors import BadInput, BlockkitError, ExactnessLost, blamed
 from blockkit.lockstep import EPS
 from blockkit.metrics import Comparison, compare
 from blockkit.overlay import Change, MatrixChange, VectorChange
@@ -94,11 +94,13 @@ def absorb(
     interface = require_ready(model)
     if tokens not in MODES:
         raise BadInput(f"tokens={tokens!r}; allowed are {', '.join(MODES)}")
-    runs = _runs(model, context, query, retain, (context_mask, query_mask), decoder_input_ids, tokens, context_inputs)
-    task = _task(runs, strategy, tokens, merge, freeze)
+    masks = context_mask, query_mask
+    joined(model, context, query, masks)  # what does not fit is refused before anything runs
     traced = trace(model, example)
+    runs = _runs(model, context, query, retain, masks, decoder_input_ids, tokens, context_inputs, traced.first)
+    task = _task(runs, strategy, tokens, merge, freeze)
     capacity = None if task.per_row else runs.reduced.batch * runs.served
-    chosen = plans(traced, task, capacity)
+    traced, chosen = plans(traced, task, capacity)
     rows = Rows(runs.reduced.batch, runs.served)
     with torch.no_grad():
         wanted, target = contextual_run(model, interface, traced, chosen, runs, rows)
@@ -129,17 +131,31 @@ def contextual_run(
 
 
 def call(model: nn.Module, interface: Interface, prompt: Prompt, keep: int, more: Mapping[str, Any]) -> Tensor:
-    """An ordinary run: the logits of the last `keep` tokens, `[batch, keep, vocabulary]`."""
+    """An ordinary run: the logits of the last `keep` tokens, `[batch, keep, vocabulary]`.
+
+    Raises:
+        BadInput: the model's own forward fails on it.
+    """
     args, kwargs = interface.inputs(prompt.value, **prompt.options(logits_to_keep=keep))
-    return logits_of(model(*args, **{**kwargs, **more}))[:, -keep:]
+    try:
+        result = model(*args, **{**kwargs, **more})
+    except (BlockkitError, Finished):
+        raise
+    except Exception as error:
+        given = "embeddings" if prompt.value.is_floating_point() else "ids"
+        raise BadInput(
+            f"the forward of {type(model).__name__} fails on {given} of shape {tuple(prompt.value.shape)} "
+            f"({str(prompt.value.dtype).removeprefix('torch.')}): {blamed(error)}"
+        ) from error
+    return logits_of(result)[:, -keep:]
 
 
 def _runs(
     model: nn.Module, context: Tensor, query: Tensor, retain: Retained | None,
     masks: tuple[Tensor | None, Tensor | None], decoder: Tensor | None, tokens: str,
-    context_inputs: Mapping[str, Any] | None,
+    context_inputs: Mapping[str, Any] | None, first: int,
 ) -> Runs:  # fmt: skip
-    whole = joined(model, context, query, masks)
+    whole = joined(model, context, query, masks, first)
     n, q = int(context.shape[1]), int(query.shape[1])
     device = whole.value.device
     reduced = whole.kept(torch.cat([_places(retain, n).to(device), torch.arange(n, n + q, device=device)]))
@@ -164,14 +180,14 @@ def _places(retain: Retained | None, n: int) -> Tensor:
     if retain is None:
         return torch.arange(0)
     if isinstance(retain, slice):
-        return torch.arange(n)[retain]
+        retain = range(n)[retain]
     found = retain if isinstance(retain, Tensor) else torch.as_tensor(list(retain))
     if found.dtype == torch.bool:
         if tuple(found.shape) != (n,):
             raise BadInput(f"retain as a mask must have one entry for each of the {n} context tokens")
         found = found.nonzero().flatten()
     found = found.long().cpu()
-    if found.numel() and not (0 <= int(found.min()) and int(found.max()) < n and bool((found.diff() > 0).all())):
+    if found.numel() and not (int(found.min()) >= 0 and int(found.max()) < n and bool((found.diff() > 0).all())):
         raise BadInput(f"retain must be places in the context, from 0 to {n - 1}, in order and each once")
     if found.numel() == n:
         raise BadInput("the whole context is retained: there is nothing to absorb")
@@ -187,12 +203,13 @@ def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, freeze: It
     if mask is not None and tokens != "last":
         ignored = (mask[:, -runs.served :] == 0).reshape(-1).cpu().numpy()
         ignored = ignored if ignored.any() else None
-    return Task(strategy, per_row, merge, tokens == "each", ignored, tuple(freeze))
+    return Task(strategy, per_row, merge, tokens == "each", ignored, tuple(freeze), runs.reduced.batch)
 
 
 def originals(model: nn.Module) -> Callable[[str], Tensor]:
-    """The model's parameters, by name in the state dict."""
-    return dict(model.named_parameters(remove_duplicate=False)).__getitem__
+    """The model's parameters and buffers, by name in the state dict."""
+    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(held).__getitem__
 
 
 def absorbed_patch(

@@ -8,9 +8,9 @@ has none is a block itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,13 @@ class Call:
 
     Attributes:
         path: the module's, in the model; empty for the model itself.
-        stream: where the stream `[..., tokens, d_model]` is among the arguments: a position or a keyword.
+        stream: where the stream is among the arguments: a position or a keyword.
+        axis: of the tokens in the stream.
         result: where it is in the result: positions and keys, from the outside in.
         number: how many calls of the same module came before.
+        own: which of the leaves of the arguments hold rows of the tokens, each token's its own (embeddings that are
+            passed along).
+        across: which of them hold what depends on other tokens as well (keys and values of an earlier block).
     """
 
     path: str
@@ -40,15 +44,17 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     stream: Key
+    axis: int
     result: tuple[Key, ...]
     number: int
     out: Tensor
+    own: frozenset[int] = frozenset()
+    across: frozenset[int] = frozenset()
 
     @property
     def value(self) -> Tensor:
         """The stream that was read."""
-        found = self.args[self.stream] if isinstance(self.stream, int) else self.kwargs[self.stream]
-        return found  # type: ignore[no-any-return]
+        return self.args[self.stream] if isinstance(self.stream, int) else self.kwargs[self.stream]
 
     def called_with(self, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments, with another stream."""
@@ -70,35 +76,112 @@ def replaced(value: Any, place: tuple[Key, ...], part: Any) -> Any:
         return part
     inner = replaced(value[place[0]], place[1:], part)
     if isinstance(value, tuple):
-        changed = [*value[: place[0]], inner, *value[place[0] + 1 :]]  # type: ignore[operator, misc]
+        changed = [inner if i == place[0] else part for i, part in enumerate(value)]
         return type(value)(*changed) if hasattr(value, "_fields") else tuple(changed)
     value[place[0]] = inner
     return value
 
 
-def find_blocks(model: nn.Module, run: Callable[[], Any], tokens: int) -> tuple[Call, ...]:
-    """The calls of the model's blocks in `run`, a forward of `tokens` tokens, in order.
+@dataclass(frozen=True)
+class Found:
+    """The calls of a model's blocks, in order, and those of modules with parameters that only come after them.
+
+    Attributes:
+        tokens: how many rows the stream has (more than the ids, where the model puts some of its own before them).
+    """
+
+    blocks: tuple[Call, ...]
+    after: tuple[Call, ...]
+    tokens: int
+
+
+def find_blocks(model: nn.Module, run: Callable[[], Any], tokens: int, moved: Callable[[], Any] | None = None) -> Found:
+    """The calls of the model's blocks in `run`, a forward of `tokens` tokens.
+
+    Args:
+        moved: the same forward with another first token: it shows which further arguments depend on the tokens.
 
     Raises:
         BadInput: nothing in it keeps the residual stream's shape and looks across tokens.
     """
-    calls = _observed(model, run, tokens)
+    longest = _longest(model, run)
+    for rows in dict.fromkeys([tokens, *longest]):  # a model may put rows of its own before the tokens'
+        calls = _observed(model, run, rows)
+        blocks = _blocks_among(calls)
+        if blocks:
+            others = {} if moved is None else {(c.path, c.number): c for c in _observed(model, moved, rows)}
+            return _with_rest(tuple(_told(c, others.get((c.path, c.number))) for c in blocks), calls, rows)
+    seen = ", ".join(sorted({c.path for c in _observed(model, run, tokens)})[:8]) or "none"
+    raise BadInput(
+        f"no blocks were found in {type(model).__name__}: no module gives back a residual stream of the shape it "
+        f"got and looks across tokens (modules that keep the shape: {seen})"
+    )
+
+
+def _blocks_among(calls: list[Call]) -> tuple[Call, ...]:
     for family in _families(calls):
-        if any(_mixes(call) for call in _one_of_each(family)):
+        if any(_mixes(call) for call in family):
             return _whole(family, calls)
     whole = [c for c in calls if not c.path]
-    single = whole or [c for c in _outermost(calls) if _mixes(c)]
-    if not single:
-        seen = ", ".join(sorted({c.path for c in calls})[:8]) or "none"
+    if whole and not _mixes(whole[0]) and _crosses_sequences(whole[0]):
         raise BadInput(
-            f"no blocks were found in {type(model).__name__}: no module gives back a residual stream of the shape it "
-            f"got and looks across tokens (modules that keep the shape: {seen})"
+            f"{type(whole[0].module).__name__} looks across its first axis, so it reads [tokens, batch, d_model]; a "
+            "block on its own has to read [batch, tokens, d_model]: wrap it in a module that transposes it"
         )
-    return tuple(single)
+    return tuple(whole or [c for c in _outermost(calls) if _mixes(c)])
+
+
+def _told(call: Call, other: Call | None) -> Call:
+    """The call, with which of its arguments depend on the tokens."""
+    if other is None:
+        return call
+    pairs = zip(leaves((call.args, call.kwargs)), leaves((other.args, other.kwargs)), strict=False)
+    own: set[int] = set()
+    across: set[int] = set()
+    for place, (mine, its) in enumerate(pairs):
+        if mine is call.value or not isinstance(mine, Tensor) or not isinstance(its, Tensor) or mine.shape != its.shape:
+            continue
+        tokens = call.value.shape[call.axis]
+        axes = [i for i, size in enumerate(mine.shape) if size == tokens]
+        if not mine.is_floating_point() or len(axes) != 1 or torch.equal(mine, its):
+            continue
+        rest = slice(1, tokens)
+        same = torch.equal(mine.movedim(axes[0], 0)[rest], its.movedim(axes[0], 0)[rest])
+        (own if same else across).add(place)
+    return replace(call, own=frozenset(own), across=frozenset(across))
+
+
+def _longest(model: nn.Module, run: Callable[[], Any]) -> list[int]:
+    """Numbers of rows that numbered modules give back, the most frequent first."""
+    counts: dict[int, int] = {}
+
+    def hook(module: nn.Module, args: Any, result: Any) -> None:
+        for _, out in _tensors(result):
+            if out.dim() > 2:
+                counts[out.shape[-2]] = counts.get(out.shape[-2], 0) + 1
+            return
+
+    hooks = [m.register_forward_hook(hook) for path, m in model.named_modules() if NUMBERED.match(path)]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return sorted(counts, key=lambda size: -counts[size])
+
+
+def _with_rest(blocks: tuple[Call, ...], calls: list[Call], tokens: int) -> Found:
+    """Whatever keeps the stream's shape behind the last block, outermost: the final norm, as a rule."""
+    ends = blocks[-1].path, blocks[-1].number
+    last = max(i for i, c in enumerate(calls) if (c.path, c.number) == ends)
+    inside = {b.path for b in blocks}
+    rest = [c for c in calls[last + 1 :] if not any(_inside(c.path, p) for p in inside)]
+    return Found(blocks, tuple(c for c in _outermost(rest) if c.value.shape == blocks[-1].out.shape), tokens)
 
 
 def _observed(model: nn.Module, run: Callable[[], Any], tokens: int) -> list[Call]:
-    """Every call that reads and gives floating-point tensors of one shape with a token axis, in order of their start."""
+    """Every call that reads and gives floating-point tensors of one shape with a token axis, as they start."""
     found: list[Call | None] = []
     open_: list[int] = []
     counts: dict[str, int] = {}
@@ -114,7 +197,9 @@ def _observed(model: nn.Module, run: Callable[[], Any], tokens: int) -> list[Cal
             if matched is not None:
                 number = counts[path] = counts.get(path, -1) + 1
                 stream, where, out = matched
-                found[place] = Call(path, module, args, dict(kwargs), stream, where, number, out)
+                axis = out.shape.index(tokens)
+                given = tuple(_stateless(a) for a in args), {k: _stateless(v) for k, v in kwargs.items()}
+                found[place] = Call(path, module, *given, stream, axis, where, number, out)
 
         return hook
 
@@ -129,6 +214,13 @@ def _observed(model: nn.Module, run: Callable[[], Any], tokens: int) -> list[Cal
         for hook in hooks:
             hook.remove()
     return [c for c in found if c is not None]
+
+
+def _stateless(value: Any) -> Any:
+    """An argument without what the model remembers in it: no cache, and dictionaries as they are now."""
+    if hasattr(value, "get_seq_length"):
+        return None
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _matched(args: Any, kwargs: Any, result: Any, tokens: int) -> tuple[Key, tuple[Key, ...], Tensor] | None:
@@ -183,7 +275,7 @@ def _whole(family: list[Call], calls: list[Call]) -> tuple[Call, ...]:
     kept = {id(c) for c in family}
     shape = family[0].value.shape
     for other in _families(calls):
-        if other[0].value.shape == shape and any(_mixes(c) for c in _one_of_each(other)):
+        if other[0].value.shape == shape and any(_mixes(c) for c in other):
             kept.update(id(c) for c in other)
     return tuple(c for c in calls if id(c) in kept)
 
@@ -194,27 +286,36 @@ def _outermost(calls: list[Call]) -> list[Call]:
     return [c for c in with_parameters if not any(p != c.path and _inside(c.path, p) for p in paths)]
 
 
-def _one_of_each(family: list[Call]) -> list[Call]:
-    """A call of each class of modules in it."""
-    return list({type(c.module): c for c in family}.values())
-
-
 def _mixes(call: Call) -> bool:
     """Whether a token's result changes when another token does."""
-    stream = call.value
-    axis = stream.dim() - 2
-    if stream.shape[axis] < 2:
-        return False
+    stream, axis = call.value, call.axis
     moved = stream.clone()
     moved.select(axis, 0).add_(torch.randn_like(moved.select(axis, 0)))
     with torch.no_grad():
-        args, kwargs = call.called_with(stream.clone())
-        plain = at(call.module(*args, **kwargs), call.result)
-        args, kwargs = call.called_with(moved)
-        other = at(call.module(*args, **kwargs), call.result)
+        plain, other = _given(call, stream.clone()), _given(call, moved)
     rest = slice(1, stream.shape[axis])
     changed = (plain - other).abs().movedim(axis, 0)[rest]
     return bool(changed.max() > 1e-5 * plain.abs().max())
+
+
+def _crosses_sequences(call: Call) -> bool:
+    """Whether a sequence's result changes when another sequence of the batch does."""
+    stream = call.value[:1].repeat(3, *[1] * (call.value.dim() - 1))
+    moved = stream.clone()
+    moved[0].add_(torch.randn_like(moved[0]))
+    try:
+        with torch.no_grad():
+            plain, other = _given(call, stream), _given(call, moved)
+    except Exception:  # made for one sequence
+        return False
+    return len(plain) == 3 and bool((plain[1:] - other[1:]).abs().max() > 1e-5 * plain.abs().max())
+
+
+def _given(call: Call, stream: Tensor) -> Tensor:
+    """What the module gives for another stream."""
+    args, kwargs = call.called_with(stream)
+    found: Tensor = at(call.module(*args, **kwargs), call.result)
+    return found
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def _slope(event: Event, name: str, output: Tensor, parameter: Tensor) -> Tensor
     """By what a vector is multiplied on its way to the result, `[..., width]`: the result grows by slope * delta."""
     wide = _wide(output.dtype)
     values = (torch.full_like(parameter, float(n)) for n in range(3))
-    never, once, twice = (event.with_values({name: value}).to(wide) for value in values)
+    never, once, twice = (event.with_values({name: value}, wide) for value in values)
     slope = once - never
     if not bool(((twice - once - slope).abs() <= 1e-2 * slope.abs().max()).all()):
         raise BadInput(f"the result does not grow evenly with {name}, so it cannot have a value for each token")

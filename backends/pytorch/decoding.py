@@ -38,19 +38,20 @@ class Decoder:
             options |= {"use_cache": True, "past_key_values": self.past}
         args, kwargs = self.interface.inputs(prompt.value, **options)
         result = self.model(*args, **kwargs)
-        self.past = getattr(result, "past_key_values", None) if self.caching else None
+        if self.caching:
+            self.past = getattr(result, "past_key_values", None)
+            if self.past is None:  # some classes take a cache and give none: earlier tokens would be lost silently
+                self.caching, self.before = False, prompt
         return logits_of(result)[:, -keep:]
 
     def begin(self) -> None:
         """An empty cache of the kind the model makes, for runs that are cut short before they give it back."""
-        if self.caching:
+        if self.caching and self.past is None:
             self.past = empty_cache(self.model)
 
 
 def _followed(before: Prompt, prompt: Prompt) -> Prompt:
-    return Prompt(
-        torch.cat([before.value, prompt.value], 1), torch.cat([before.positions, prompt.positions], 1)
-    )
+    return Prompt(torch.cat([before.value, prompt.value], 1), torch.cat([before.positions, prompt.positions], 1))
 
 
 def empty_cache(model: nn.Module) -> Any:
@@ -66,7 +67,8 @@ def empty_cache(model: nn.Module) -> Any:
 
 def can_cache(model: nn.Module, interface: Interface) -> bool:
     """Whether the model takes and gives a cache of keys and values that is filled in place."""
-    return {"past_key_values", "use_cache"} <= interface.takes and hasattr(model, "config")
+    asked = "use_cache" in interface.takes or interface.anything
+    return asked and "past_key_values" in interface.takes and hasattr(model, "config")
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,25 @@ class Sampling:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token for logits `[vocabulary]`."""
-        logits = logits.float().cpu()
+    def noise(self, vocabulary: int, generator: torch.Generator) -> Tensor | None:
+        """The next token's chance `[vocabulary]`, which one or more models' logits may share; None without chance."""
         if self.temperature == 0:
+            return None
+        return -torch.empty(vocabulary, dtype=torch.float64).exponential_(generator=generator).log()
+
+    def choose(self, logits: Tensor, noise: Tensor | None) -> int:
+        """The next token for logits `[vocabulary]`: with Gumbel noise, the largest sum is a draw from their softmax.
+
+        So equal noise gives equal tokens for logits that differ by rounding, but for a near tie of two sums.
+        """
+        logits = logits.double().cpu()
+        if noise is None:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits / self.temperature, -1)
-        ordered, places = probabilities.sort(descending=True)
-        kept = torch.ones_like(ordered, dtype=torch.bool)
-        if self.top_k is not None:
-            kept[self.top_k :] = False
+        logits = logits / self.temperature
+        kept = torch.ones_like(logits, dtype=torch.bool)
+        if self.top_k is not None and self.top_k < len(logits):
+            kept &= logits >= logits.topk(self.top_k).values[-1]
         if self.top_p is not None:
-            kept &= ordered.cumsum(0) - ordered < self.top_p
-        drawn = torch.multinomial(ordered * kept, 1, generator=generator)
-        return int(places[drawn])
+            ordered, places = torch.softmax(logits.masked_fill(~kept, -torch.inf), -1).sort(descending=True)
+            kept[places[ordered.cumsum(0) - ordered >= self.top_p]] = False
+        return int((logits + noise).masked_fill(~kept, -torch.inf).argmax())

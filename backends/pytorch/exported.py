@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch.export.graph_signature import InputKind
 
 from blockkit.errors import BadInput, blamed
 
-from .capture import Call, replaced
 from .calling import leaves
+from .capture import Call, replaced
+from .sealed import seal
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,26 @@ class Exported:
     """A block's program and the values in it.
 
     Attributes:
+        twin: the copy of the block that was exported.
         nodes: the program, in order.
         values: what every node gives, for one random stream.
         parameters: the nodes that stand for parameters, by name in the block.
+        named: the nodes that stand for parameters and buffers, by their names in the block.
+        given: the nodes that stand for further arguments of the call (positions, masks).
+        own: those of them that hold rows of the tokens, the same with and without a context.
         stream: the node that is the residual stream.
         memory: nodes of other sequences that the block reads (an encoder's result).
         output: the node that is the stream after the block.
         tokens: how many there are.
     """
 
+    twin: nn.Module
     nodes: tuple[fx.Node, ...]
     values: dict[fx.Node, Any]
     parameters: Mapping[fx.Node, str]
+    named: Mapping[str, fx.Node]
+    given: frozenset[fx.Node]
+    own: frozenset[fx.Node]
     stream: fx.Node
     memory: frozenset[fx.Node]
     output: fx.Node
@@ -55,7 +64,7 @@ class Exported:
         with torch.no_grad():
             for node in nodes:
                 args = fx.map_arg(node.args, value)
-                found[node] = node.target(*args, **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+                found[node] = node.target(*args, **fx.map_arg(node.kwargs, value))
         return found
 
 
@@ -67,14 +76,23 @@ def export(call: Call, tokens: int) -> Exported:
     """
     rng = torch.Generator().manual_seed(0)
     twin, args, kwargs = _twin(call, rng)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    try:
+        program = _program(twin, args, kwargs)
+    except Exception as error:
         try:
-            program = torch.export.export(twin, args, kwargs, strict=False).run_decompositions({})
-        except Exception as error:
+            if not seal(twin, args, kwargs):
+                raise error
+            program = _program(twin, args, kwargs)
+        except Exception:
             where = call.path or type(call.module).__name__
             raise BadInput(f"the block {where} cannot be traced by torch.export: {blamed(error)}") from error
     return _with_values(program, call, twin, args, kwargs, tokens)
+
+
+def _program(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.export.export(twin, args, kwargs, strict=False).run_decompositions({})
 
 
 def _twin(call: Call, rng: torch.Generator) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -117,7 +135,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         parts = [_plain(v) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return value
 
@@ -128,6 +146,7 @@ def _with_values(
     stored: dict[str, Any] = {**program.state_dict, **program.constants}
     values: dict[fx.Node, Any] = {}
     parameters: dict[fx.Node, str] = {}
+    named: dict[str, fx.Node] = {}
     inputs = iter(leaves((args, kwargs)))
     given: dict[fx.Node, Any] = {}
     nodes = list(program.graph.nodes)
@@ -140,17 +159,23 @@ def _with_values(
             values[node] = given[node] = next(inputs)
             continue
         values[node] = stored[spec.target]
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            named[spec.target] = node
         if spec.kind is InputKind.PARAMETER:
             parameters[node] = spec.target
     value = args[call.stream] if isinstance(call.stream, int) else kwargs[call.stream]
     stream = next(n for n, v in given.items() if v is value)
-    memory = frozenset(n for n, v in given.items() if _other_sequence(v, tokens, value))
+    order = list(given)
+    across = {order[i] for i in call.across}
+    memory = frozenset(n for n, v in given.items() if n in across or _other_sequence(v, tokens, value))
+    own = frozenset(order[i] for i in call.own)
     calls = tuple(n for n in nodes if n.op == "call_function")
     gets = [n for n in nodes if n.op == "get_attr"]
     values.update({n: getattr(program.graph_module, n.target) for n in gets})
-    found = Exported(calls, values, parameters, stream, memory, stream, tokens)
+    others = frozenset(given) - memory - own - {stream}
+    found = Exported(twin, calls, values, parameters, named, others, own, stream, memory, stream, tokens)
     values.update(found.replay(calls, {}))
-    return Exported(calls, values, parameters, stream, memory, _result(program, call, nodes), tokens)
+    return replace(found, output=_result(program, call, nodes))
 
 
 def _other_sequence(value: Any, tokens: int, stream: Tensor) -> bool:

@@ -1,16 +1,17 @@
 """The generation experiment of arXiv 2511.17864: the contextual model and a patched one, token by token.
 
 The prompt is the context, its last token the first query; after every token the next one is the contextual model's.
-`each` makes a patch of its own for every token, which then runs with nothing before it. `all` keeps one static patch that
-grows: the patched model sees the tokens generated so far, through its edited weights and its own cache.
+`each` makes a patch of its own for every token, which then runs with nothing before it. `all` keeps one static patch
+that grows: the patched model sees the tokens generated so far, through its edited weights and its own cache.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,19 +21,21 @@ from blockkit.algorithm import LOOSEST
 from blockkit.errors import BadInput, ExactnessLost
 from blockkit.lockstep import EPS
 from blockkit.metrics import Comparison, compare
-from blockkit.overlay import Change, MatrixChange
+from blockkit.overlay import Change
 
 from .absorbing import absorbed_patch, call, model_dtype, originals
 from .calling import Interface
 from .decoding import Decoder, Sampling, can_cache
-from .growing import Grower
+from .growing import Grower, Grown
 from .lockstep import Solver, Task, plans
+from .observe import Chosen
 from .patch import TorchPatch
 from .prompts import Prompt, joined, require_ready
 from .traced import Traced, trace
 from .watching import Finished, Rows, Seen, Watcher
 
 MODES = ("each", "all")
+S = TypeVar("S", bound=Solver)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Token:
 
     Attributes:
         id: the next token, chosen from the contextual logits.
-        patched_id: the patched model's most probable next token; None where its logits were not asked for.
+        patched_id: the patched model's next token, chosen in the same way (by chance: with the same chance); None
+            where its logits were not asked for.
         measured: how far the patched logits are from the contextual ones; None likewise.
         seconds: of the contextual step, of the patched one, and of the proof.
     """
@@ -60,6 +64,7 @@ class Generation:
         tokens: those so far.
         patch: the last token's patch (`each`), or the one static patch for all tokens (`all`), when it is finished.
         measured: with `all`, one ordinary run of the finished static weights on all query and generated tokens.
+        static_ids: with `all`, the most probable next token after each of those in that run.
         amplification: with `all`, by how much rounding was amplified most where a token's input was nearly spanned
             by those before it.
     """
@@ -68,6 +73,7 @@ class Generation:
     tokens: list[Token] = field(default_factory=list)
     patch: TorchPatch | None = None
     measured: Comparison | None = None
+    static_ids: tuple[int, ...] = ()
     amplification: float = 1.0
 
     def __iter__(self) -> Iterator[Token]:
@@ -118,16 +124,29 @@ def generate(
     if max_new_tokens < 1:
         raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not isinstance(prompt, Tensor) or prompt.dim() != 2 or prompt.shape[0] != 1 or not 1 <= query < prompt.shape[1]:
-        raise BadInput(f"the prompt must be ids [1, n] with n > {max(query, 1)}: a context, and {query} token(s) of query")
+        raise BadInput(
+            f"the prompt must be ids [1, n] with n > {max(query, 1)}: a context, and {query} token(s) of query"
+        )
+    _require_room(model, int(prompt.shape[1]) + max_new_tokens - 1)
     n = int(prompt.shape[1]) - query
-    whole = joined(model, prompt[:, :n], prompt[:, n:], (None, None))
+    traced = trace(model)
+    whole = joined(model, prompt[:, :n], prompt[:, n:], (None, None), traced.first)
     generation = Generation(iter(()))
     run = _Run(
-        model, interface, trace(model), whole, n, max_new_tokens, strategy, merge, compare_logits,
+        model, interface, traced, whole, n, max_new_tokens, strategy, merge, compare_logits,
         sampling or Sampling(), stop_at, generation,
     )  # fmt: skip
     generation.steps = run.each() if tokens == "each" else run.growing()
     return generation
+
+
+def _require_room(model: nn.Module, length: int) -> None:
+    """Refuses more tokens than the model has places for, before it fails on the way."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    places = getattr(text, "max_position_embeddings", None)
+    if isinstance(places, int) and 0 < places < length:
+        raise BadInput(f"prompt and new tokens are {length} tokens; the model has places for {places}: ask for fewer")
 
 
 @dataclass
@@ -155,7 +174,8 @@ class _Run:
     def each(self) -> Iterator[Token]:
         """A patch for every token alone; the proof is a run of the edited model on that token."""
         task = Task(self.strategy, False, self.merge)
-        chosen, rows = plans(self.traced, task, 1), Rows(1, 1)
+        self.traced, chosen = plans(self.traced, task, 1)
+        rows = Rows(1, 1)
         decoder = Decoder(self.model, self.interface, self.caching)
         following, last = self.whole, self.whole.part(-1)
         for _ in range(self.count):
@@ -185,12 +205,11 @@ class _Run:
 
     def growing(self) -> Iterator[Token]:
         """One patch for all tokens; each step is a run of the edited model on the new token behind its own cache."""
-        task = Task(self.strategy or "joint", False, False)
+        task = Task(self.strategy or "joint", False, False, twice=False)
         query = self.whole.part(self.context)
-        chosen = plans(self.traced, task, query.length + self.count)
+        self.traced, chosen = plans(self.traced, task, query.length + self.count)
         contextual, reduced = (Decoder(self.model, self.interface, self.caching) for _ in range(2))
-        reduced.begin()
-        grown: dict[str, object] = {}
+        grown: dict[str, Grown] = {}
         following, here, seen = self.whole, query, query
         kept: list[np.ndarray] = []
         targets: list[dict[int, Seen]] = []
@@ -200,14 +219,18 @@ class _Run:
             logits, target = self._contextual(contextual, chosen, rows, following)
             middle = time.perf_counter()
             targets.append(target)
+            reduced.caching = contextual.caching
+            stop = not self.compare_logits and reduced.caching
+            if stop:
+                reduced.begin()
             grower = self._solver(Grower, chosen, rows, task, target, here.length)
-            grower.grown, grower.stop = grown, not self.compare_logits and self.caching  # type: ignore[attr-defined]
+            grower.grown, grower.stop = grown, stop
             own = None
             with torch.no_grad(), suppress(Finished), grower.watching():
                 own = reduced.run(here, here.length)
             done = time.perf_counter()
             if self.compare_logits:
-                kept.append(_host(logits))
+                kept.append(logit_rows(logits))
             token = self._token(logits[:, -1:], own[:, -1:] if self.compare_logits and own is not None else None,
                                 (middle - clock, done - middle, 0.0))  # fmt: skip
             if number == self.count - 1 or token.id in self.stop_at:
@@ -228,13 +251,14 @@ class _Run:
         """
         task, rows = replace(task, merge=self.merge), Rows(1, seen.length)
         target = {place: _together([t[place] for t in targets]) for place in targets[0]}
-        solver = self._solver(Solver, plans(self.traced, task, seen.length), rows, task, target, seen.length)
+        solver = self._solver(Solver, plans(self.traced, task, seen.length)[1], rows, task, target, seen.length)
         with torch.no_grad(), suppress(Finished), solver.watching():
             call(self.model, self.interface, seen, seen.length, {})
         patch = self._patch(task, solver, "all", seen, solver.changes)
-        wanted = np.concatenate(kept) if kept else _host(self._again(seen))
-        own = _host(self._proved(patch, seen, seen.length))
+        wanted = np.concatenate(kept) if kept else logit_rows(self._again(seen))
+        own = logit_rows(self._proved(patch, seen, seen.length))
         self.generation.measured = measured = compare(own, wanted)
+        self.generation.static_ids = tuple(int(i) for i in own.argmax(-1))
         scale = float(np.abs(wanted).max())
         if not measured.linf <= LOOSEST[self.dtype] * scale:
             raise ExactnessLost(
@@ -253,13 +277,18 @@ class _Run:
 
     # -- both ----------------------------------------------------------------------------------------
 
-    def _contextual(self, decoder: Decoder, chosen: object, rows: Rows, prompt: Prompt) -> tuple[Tensor, dict[int, Seen]]:
-        watcher = Watcher(self.model, self.traced, rows, chosen)  # type: ignore[arg-type]
+    def _contextual(
+        self, decoder: Decoder, chosen: Mapping[int, Chosen | None], rows: Rows, prompt: Prompt
+    ) -> tuple[Tensor, dict[int, Seen]]:
+        watcher = Watcher(self.model, self.traced, rows, chosen)
         with torch.no_grad(), watcher.watching():
             logits = decoder.run(prompt, rows.tokens)
         return logits, watcher.seen
 
-    def _solver(self, kind, chosen, rows, task, target, capacity):  # type: ignore[no-untyped-def]
+    def _solver(
+        self, kind: type[S], chosen: Mapping[int, Chosen | None], rows: Rows, task: Task, target: dict[int, Seen],
+        capacity: int,
+    ) -> S:  # fmt: skip
         return kind(
             self.model, self.traced, rows, chosen, task=task, target=target, capacity=capacity, eps=EPS[self.dtype],
             stored=self.stored,
@@ -270,7 +299,7 @@ class _Run:
         return absorbed_patch(self.model, self.interface, task, solver, tokens, length, prompt, changes)
 
     def _token(self, logits: Tensor, own: Tensor | None, seconds: tuple[float, float, float]) -> Token:
-        measured = compare(_host(own), _host(logits)) if own is not None else None
+        measured = compare(logit_rows(own), logit_rows(logits)) if own is not None else None
         scale = float(logits.abs().max())
         if measured is not None and not measured.linf <= LOOSEST[self.dtype] * scale:
             raise ExactnessLost(
@@ -280,8 +309,9 @@ class _Run:
         patch = self.generation.patch
         if patch is not None and measured is not None and not patch.measured:
             self.generation.patch = replace(patch, measured=_facts(measured))
-        chosen = self.sampling.choose(logits[0, -1], self.random)
-        return Token(chosen, int(own[0, -1].argmax()) if own is not None else None, measured, seconds)
+        noise = self.sampling.noise(logits.shape[-1], self.random)
+        chosen = self.sampling.choose(logits[0, -1], noise)
+        return Token(chosen, self.sampling.choose(own[0, -1], noise) if own is not None else None, measured, seconds)
 
     def _next(self, chosen: int, before: Prompt) -> Prompt:
         value = torch.tensor([[chosen]], device=before.value.device)
@@ -297,6 +327,7 @@ def _facts(measured: Comparison) -> dict[str, float]:
     return {k: getattr(measured, k) for k in ("linf", "tvd", "top1_agree")}
 
 
-def _host(logits: Tensor) -> np.ndarray:
+def logit_rows(logits: Tensor) -> np.ndarray:
+    """Logits `[1, tokens, vocabulary]` as rows on the host, float32 or wider."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return np.asarray(wide.reshape(-1, logits.shape[-1]).cpu().numpy())

@@ -1,8 +1,8 @@
 """A static patch that grows by one token at a time and leaves all earlier tokens as they are.
 
-A new token's input h has a part orthogonal to all earlier inputs, h' = h - Q^T Q h. The change (t - W h) h'^T / |h'|^2 gives
-the new token its target and adds nothing to what earlier tokens read, so their cached keys and values stay valid. Q and
-the rows beside it are kept in float64 and orthogonalised twice; nothing is merged on the way.
+A new token's input h has a part orthogonal to all earlier inputs, h' = h - Q^T Q h. The change (t - W h) h'^T / |h'|^2
+gives the new token its target and adds nothing to what earlier tokens read, so their cached keys and values stay valid.
+Q and the rows beside it are kept in float64 and orthogonalised twice; nothing is merged on the way.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ class Grown:
         return (z.to(wide) @ right.t()) @ left
 
     def grow(self, z: np.ndarray, wanted: np.ndarray) -> bool:
-        """Takes up one more token, `z [d_in]` whose product is to grow by `wanted [d_out]`; whether it can."""
+        """Takes up one more token, `z [d_in]` whose product is to grow by `wanted [d_out]`; whether it can.
+
+        A token that asks for nothing counts too: later ones must leave its product as it is.
+        """
         length = float(np.linalg.norm(z))
         new = z - self.right.T @ (self.right @ z)
         new = new - self.right.T @ (self.right @ new)
         size = float(np.linalg.norm(new))
-        if not wanted.any():
-            return True
         if not size > DEPENDENT * length:
-            return False
-        self.amplification = max(self.amplification, length / size)
+            return not wanted.any()
+        if wanted.any():
+            self.amplification = max(self.amplification, length / size)
         self.right = np.concatenate([self.right, new[None] / size])
         self.left = np.concatenate([self.left, wanted[None] / size])
         return True
@@ -100,7 +102,7 @@ class Grower(Solver):
         if not isinstance(change, MatrixChange):
             raise NotPatchable(f"{step.parameter} cannot grow: it is no matrix; choose strategy='joint'")
         if name not in self.grown:
-            self.grown[name] = Grown(np.asarray(change.left), np.asarray(change.right), _amplification(change))
+            self.grown[name] = Grown(np.asarray(change.left), np.asarray(change.right))
             if len(change.right) == 1:
                 size = float(np.linalg.norm(change.right))
                 self.grown[name] = Grown(change.left * size, change.right / (size or 1.0))
@@ -114,7 +116,3 @@ class Grower(Solver):
                     "serve it too; absorb it with tokens='each'",
                     node=step.last.node, parameter=name,
                 )  # fmt: skip
-
-
-def _amplification(change: MatrixChange) -> float:
-    return 1.0

@@ -7,26 +7,28 @@ parameter gives: one reduced run patches every block, and the next block starts 
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blockkit.errors import ConditionViolated, NotPatchable
-from blockkit.graph import Graph
+from blockkit.errors import BadInput, ConditionViolated, NotPatchable
+from blockkit.graph import Graph, listed
 from blockkit.lockstep import EPS
 from blockkit.overlay import Change, MatrixChange, VectorChange, dense, plus
 from blockkit.route import Step
 from blockkit.solve import Operands, solve_step
 
-from .changes import Factors, changed_result, merged_value, rows_in_place
+from .changes import Factors, changed_result, merged_value
 from .observe import Chosen, Values, choose
 from .parameters import Event
+from .rows import TOKENS_FIRST
 from .traced import Traced, in_context
-from .translate import Tap
-from .watching import Finished, Seen, Watcher, host
+from .translate import STREAM, Tap
+from .watching import Again, Finished, Seen, Watcher, host
 
 SAME = 1e-3  # relative difference up to which two residual streams are one, but for rounding
 
@@ -42,6 +44,8 @@ class Task:
         merge: changes are rounded into the weights, in place of being kept beside them as factors.
         ignored: `[rows]`, rows that hold padding; None where there are none.
         frozen: parameters that may not move, by name in the block.
+        batch: how many sequences there are.
+        twice: whether blocks may run more than once (they may not where they remember what they read).
     """
 
     strategy: str | None
@@ -50,32 +54,61 @@ class Task:
     per_token: bool = False
     ignored: np.ndarray | None = None
     frozen: tuple[str, ...] = ()
+    batch: int = 1
+    twice: bool = True
 
 
-def plans(traced: Traced, task: Task, capacity: int | None) -> dict[int, Chosen | None]:
+def plans(traced: Traced, task: Task, capacity: int | None) -> tuple[Traced, dict[int, Chosen | None]]:
     """A plan for every block whose input is restored; None where there is none, which a later block may make up for.
 
+    What comes behind the last block is planned only if the blocks leave something to it; it is then one of them.
+
     Raises:
-        NotPatchable: the last block that the context reaches has none.
+        BadInput: a glob of frozen parameters matches none.
+        NotPatchable: something is left to the end.
     """
+    names = {name: None for block in traced.blocks for name in block.graph.parameter}
+    for pattern in task.frozen:
+        if not fnmatch.filter(names, pattern):
+            raise BadInput(f"{pattern!r} matches no parameter of a block; there are {listed(names)}")
     known: dict[Graph, Chosen | NotPatchable] = {}
     found: dict[int, Chosen | None] = {}
     problem: NotPatchable | None = None
-    for place, block in enumerate(traced.blocks):
+    blocks = traced.blocks if traced.after is None else (*traced.blocks, traced.after)
+    for place, block in enumerate(blocks):
+        if place == len(traced.blocks) and problem is None:
+            return traced, found
         graph = block.graph if problem is None else in_context(block.graph)
         if graph not in known:
             known[graph] = _chosen(graph, block.taps, task, capacity)
         chosen = known[graph]
+        if place == 0 and isinstance(chosen, Chosen):
+            chosen = _watching_more(chosen, _chosen(in_context(block.graph), block.taps, task, capacity), block.taps)
         found[place] = chosen if isinstance(chosen, Chosen) else None
-        problem = None if isinstance(chosen, Chosen) else NotPatchable(f"{block.path or 'the model'}: {chosen}")
+        if isinstance(chosen, Chosen):
+            problem = None
+        elif problem is None:
+            problem = NotPatchable(f"{block.path or 'the model'}: {chosen}")
     if problem is not None:
         raise problem
-    return found
+    return replace(traced, blocks=blocks), found
+
+
+def _watching_more(chosen: Chosen, other: Chosen | NotPatchable, taps: tuple[Tap, ...]) -> Chosen:
+    """The plan, with what another needs: that for a stream that differs as it enters (by places a model counts)."""
+    if isinstance(other, NotPatchable):
+        return chosen
+    return replace(chosen, taps=tuple(t for t in taps if t in chosen.taps or t in other.taps))
 
 
 def _chosen(graph: Graph, taps: tuple[Tap, ...], task: Task, capacity: int | None) -> Chosen | NotPatchable:
+    apart: set[str] = set()
+    for tap in taps if task.per_row else ():
+        if not tap.by_row or (task.batch > 1 and tap.output[1] == TOKENS_FIRST):
+            apart |= tap.parameters & graph.parameter.keys()
     try:
-        return choose(graph, taps, task.strategy, capacity, task.frozen)
+        held = tuple(p for p in task.frozen if fnmatch.filter(graph.parameter, p))
+        return choose(graph, taps, task.strategy, capacity, (*held, *apart), task.twice)
     except NotPatchable as error:
         return error
 
@@ -112,7 +145,7 @@ class Solver(Watcher):
         chosen = self.chosen.get(place)
         if chosen is None:
             return
-        mine, wanted = (seen[place].shown[self.stream_name] for seen in (self.seen, self.target))
+        mine, wanted = (seen[place].shown[STREAM] for seen in (self.seen, self.target))
         graph = self.traced.blocks[place].graph
         if chosen.plan.graph.input == graph.input and _apart(mine, wanted, self.task.ignored) > SAME:
             block = self.traced.blocks[place]
@@ -125,22 +158,33 @@ class Solver(Watcher):
             chosen = found
         self.using[place] = chosen
 
-    stream_name = "stream"
-
-    def left(self, place: int, stream: Tensor) -> None:
-        """See `Watcher`; measures what the patched block misses."""
-        super().left(place, stream)
+    def left(self, place: int, stream: Tensor, again: Again) -> Tensor | None:
+        """See `Watcher`; carries out a plan that needed the whole block, and measures what the patched block misses."""
+        super().left(place, stream, again)
+        chosen, found = self.using.get(place), None
+        for step in chosen.plan.route.steps if chosen is not None and chosen.late else ():
+            if chosen is not None:
+                self._solve(chosen, step)
+                self.strategies.add(chosen.plan.strategy)
+            self.seen[place] = Seen({STREAM: self.seen[place].shown[STREAM]})
+            found = again()
+            super().left(place, found, again)
         output = self.traced.blocks[place].graph.output
         mine, wanted = self.seen[place].shown[output], self.target[place].shown[output]
         self.residuals[place] = _apart(mine, wanted, self.task.ignored)
         if self.stop and place == len(self.traced.blocks) - 1:
             raise Finished
+        return found
 
     def read(self, tap: Tap, event: Event) -> Tensor | None:
         """Solves the steps that move what this call reads, and gives what it then gives."""
         output = event.output
-        self.note(tap, event, output)
         chosen = self.using.get(self.place)
+        if chosen is not None and chosen.late:
+            output = self._changed(tap, event)
+            self.note(tap, event, output)
+            return output
+        self.note(tap, event, output)
         steps = [s for s in chosen.plan.route.steps if s.parameter in tap.parameters] if chosen is not None else []
         if chosen is None or not steps:
             return None
@@ -196,7 +240,7 @@ class Solver(Watcher):
         """A parameter of the current block as the reduced run uses it, `[d_out, d_in]` or `[width]`."""
         block = self.traced.blocks[self.place]
         name = block.full(parameter)
-        original = rows_in_place(self.stored(name), block.stored[parameter])
+        original = block.value(parameter, self.stored)
         found = np.asarray(original.detach().to(device="cpu", dtype=torch.float64).numpy())
         change = self.changes.get(name)
         return dense(found, change) if change is not None and not self.task.per_row else found
@@ -205,7 +249,7 @@ class Solver(Watcher):
         """What the call gives with the changes found so far."""
         block = self.traced.blocks[self.place]
         moved = {n: self.changes[n] for p in sorted(tap.parameters) if (n := block.full(p)) in self.changes}
-        lies = {block.full(p): block.stored[p] for p in tap.parameters}
+        lies = {block.full(p): block.stored[p] for p in tap.parameters if p in block.stored}
         if self.task.merge:
             values = {n: merged_value(self.stored(n), c, lies[n].transposed) for n, c in moved.items()}
             return event.with_values(values)

@@ -62,7 +62,8 @@ def follows(graph: Graph, shown: Iterable[str]) -> frozenset[str]:
     for node in graph.nodes:
         if biased(graph, node.name) in found:
             found.add(node.name)
-        hidden = node.op.mixing or isinstance(node.op, Opaque | MatMul)
+        held = any(graph.parameter[a].frozen for a in node.args if a in graph.parameter)
+        hidden = node.op.mixing or isinstance(node.op, Opaque) or (isinstance(node.op, MatMul) and not held)
         if not hidden and all(a in found or a in graph.parameter for a in node.args):
             found.add(node.name)
     return frozenset(found)
@@ -78,14 +79,17 @@ def shown_until(taps: tuple[Tap, ...], parameter: str) -> frozenset[str]:
     return frozenset()
 
 
-def hidden_from(step: Step, graph: Graph, taps: tuple[Tap, ...]) -> str | None:
-    """A value that the step needs and the run does not show in time; None if there is none."""
+def hidden_from(step: Step, graph: Graph, taps: tuple[Tap, ...], late: bool) -> str | None:
+    """A value that the step needs and the run does not show in time; None if there is none.
+
+    `late`: not when the parameter is read, but when the block has run.
+    """
     if sum(step.parameter in tap.parameters for tap in taps) != 1:
         return f"the call that reads {step.parameter}"
     everything = {STREAM, graph.output}.union(*(shown_until(taps, p) for t in taps for p in t.parameters))
     for wanted, shown in (
         (asks(step, graph), everything),
-        (reads(step, graph) - {graph.input}, shown_until(taps, step.parameter)),
+        (reads(step, graph) - {graph.input}, everything if late else shown_until(taps, step.parameter)),
     ):
         missing = sorted(wanted - follows(graph, shown))
         if missing:
@@ -95,16 +99,29 @@ def hidden_from(step: Step, graph: Graph, taps: tuple[Tap, ...]) -> str | None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan that a run can solve as it goes, and the taps that it needs."""
+    """A plan that a run of the model can solve, and the taps that it needs.
+
+    Attributes:
+        late: whether the block has to have run before its steps can be solved, and runs again with each of them.
+    """
 
     plan: Plan
     taps: tuple[Tap, ...]
+    late: bool = False
 
 
 def choose(
-    graph: Graph, taps: tuple[Tap, ...], strategy: str | None, capacity: int | None, frozen: tuple[str, ...] = ()
+    graph: Graph,
+    taps: tuple[Tap, ...],
+    strategy: str | None,
+    capacity: int | None,
+    frozen: tuple[str, ...] = (),
+    twice: bool = True,
 ) -> Chosen:
-    """The strategy's plan; parameters that a run cannot solve for as it goes are left alone.
+    """The strategy's plan; parameters for which a run of the model does not show enough are left alone.
+
+    Args:
+        twice: whether a block may run more than once.
 
     Raises:
         BadInput: an unknown strategy.
@@ -113,19 +130,21 @@ def choose(
     wanted = (strategy,) if strategy else ("joint", "matrix") if (capacity or 1) > 1 else ("stable",)
     if strategy is not None and strategy not in STRATEGIES:
         raise BadInput(f"unknown strategy {strategy!r}; allowed are {', '.join(STRATEGIES)}")
-    held, reasons = list(frozen), []
-    while True:
-        limited = graph.restricted(freeze=held) if held else graph
-        try:
-            plan = next(p for s in wanted if (p := _planned(limited, s, capacity, last=s == wanted[-1])))
-        except NotPatchable as error:
-            raise NotPatchable("; ".join([str(error), *reasons])) from None
-        problem = next(((s, h) for s in plan.route.steps if (h := hidden_from(s, graph, taps))), None)
-        if problem is None:
-            return Chosen(plan, needed_taps(plan, taps))
-        step, hidden = problem
-        held.append(step.parameter)
-        reasons.append(f"{step.parameter} would serve, but {hidden} is not to be seen in a run of the model")
+    first: NotPatchable | None = None
+    for late in (False, True) if twice else (False,):
+        held: list[str] = list(frozen)
+        while True:
+            limited = graph.restricted(freeze=held) if held else graph
+            try:
+                plan = next(p for s in wanted if (p := _planned(limited, s, capacity, last=s == wanted[-1])))
+            except NotPatchable as error:
+                first = first or error
+                break
+            hidden = [s.parameter for s in plan.route.steps if hidden_from(s, graph, taps, late)]
+            if not hidden:
+                return Chosen(plan, taps if late else needed_taps(plan, taps), late)
+            held.append(hidden[0])
+    raise first or NotPatchable("no route")
 
 
 def _planned(graph: Graph, strategy: str, capacity: int | None, last: bool) -> Plan | None:
@@ -139,13 +158,18 @@ def _planned(graph: Graph, strategy: str, capacity: int | None, last: bool) -> P
 
 def needed_taps(plan: Plan, taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
     """The taps that solving the plan reads: those of its parameters, and those from which other values follow."""
-    graph = plan.graph
-    wanted = {graph.output} if plan.route.steps else set()
+    graph, kept = plan.graph, set[Tap]()
     for step in plan.route.steps:
-        wanted |= asks(step, graph) | reads(step, graph)
-    moved = {step.parameter for step in plan.route.steps}
-    kept = {tap for tap in taps if tap.parameters & moved}
-    pending, seen = list(wanted), set(wanted)
+        place = next(i for i, tap in enumerate(taps) if step.parameter in tap.parameters)
+        kept.add(taps[place])
+        kept |= _leading(asks(step, graph) - {graph.output}, graph, taps)
+        kept |= _leading(reads(step, graph), graph, taps[: place + 1])
+    return tuple(tap for tap in taps if tap in kept)
+
+
+def _leading(wanted: frozenset[str], graph: Graph, taps: tuple[Tap, ...]) -> set[Tap]:
+    """The taps from which some values follow."""
+    kept, pending, seen = set[Tap](), list(wanted), set(wanted)
     while pending:
         name = pending.pop()
         tap = _showing(name, graph, taps)
@@ -156,7 +180,7 @@ def needed_taps(plan: Plan, taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
             if arg not in seen and arg not in graph.parameter:
                 seen.add(arg)
                 pending.append(arg)
-    return tuple(tap for tap in taps if tap in kept)
+    return kept
 
 
 def _showing(name: str, graph: Graph, taps: tuple[Tap, ...]) -> Tap | None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from blockkit.errors import BadInput
 from blockkit.graph import suggest
@@ -176,7 +178,21 @@ def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         args = (first, int(args[1]))
     elif _writes(name, kwargs):
         return _written(func, args, kwargs)
+    elif func in _COMPOSED:
+        return _opened(func)(*args, **kwargs)
     return _derived_or_event(func, args, kwargs)
+
+
+_COMPOSED = {functional.multi_head_attention_forward}  # several products in one function
+
+
+@cache
+def _opened(func: FunctionType) -> Callable[..., Any]:
+    """A function that torch writes in Python, such that the calls within it are told of and not it as a whole."""
+    own = {**func.__globals__, "has_torch_function": lambda tensors: False}
+    opened = FunctionType(func.__code__, own, func.__name__, func.__defaults__, func.__closure__)
+    opened.__kwdefaults__ = func.__kwdefaults__
+    return opened
 
 
 def _derived_or_event(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

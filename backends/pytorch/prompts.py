@@ -49,8 +49,13 @@ class Prompt:
         return Prompt(self.value[:, places], self.positions[:, places], mask)
 
 
-def joined(model: nn.Module, context: Tensor, query: Tensor, masks: tuple[Tensor | None, Tensor | None]) -> Prompt:
+def joined(
+    model: nn.Module, context: Tensor, query: Tensor, masks: tuple[Tensor | None, Tensor | None], first: int = 0
+) -> Prompt:
     """Context and query as one prompt; ids beside embeddings are embedded by the model.
+
+    Args:
+        first: the position of the first token.
 
     Raises:
         BadInput: shapes, devices, ids or masks that do not fit; the message says what is allowed.
@@ -69,7 +74,7 @@ def joined(model: nn.Module, context: Tensor, query: Tensor, masks: tuple[Tensor
         positions = torch.arange(value.shape[1], device=value.device).expand(value.shape[:2])
     else:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return Prompt(value, positions, mask)
+    return Prompt(value, positions + first, mask)
 
 
 def embedded(model: nn.Module, value: Tensor) -> Tensor:
@@ -90,6 +95,10 @@ def _check(model: nn.Module, name: str, value: Any) -> None:
     if value.dim() != wanted:
         shape = "ids [batch, n]" if wanted == 2 else "embeddings [batch, n, d]"
         raise BadInput(f"the {name} has the shape {tuple(value.shape)}; {shape} are wanted")
+    if not value.shape[0]:
+        raise BadInput(f"the {name} has the shape {tuple(value.shape)}: there is no sequence in it")
+    if value.dtype is torch.bool or value.is_complex():
+        raise BadInput(f"the {name} is {value.dtype}; whole numbers (ids) or embeddings (floating-point) are wanted")
     if not value.shape[1]:
         what = "there is nothing to absorb" if name == "context" else "it must hold at least one token"
         raise BadInput(f"the {name} is empty: {what}")

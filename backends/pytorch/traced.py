@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,13 @@ from blockkit.graph import Graph, Node
 from blockkit.ops import Mix
 
 from .calling import Interface, device_of, vocabulary
-from .capture import Call, Key, evaluating, find_blocks
+from .capture import Call, Found, Key, evaluating, find_blocks
+from .changes import rows_in_place
 from .exported import export
-from .translate import STREAM, Stored, Tap, Translation, translate
+from .forms import STREAM, Stored, Tap, Translation
+from .positions import first_position
+from .rows import TOKENS_FIRST
+from .translate import translate
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37)  # numbers of tokens, one of which is no size of the model's
 INPUT = "input"  # of a graph whose stream depends on the context
@@ -50,12 +55,26 @@ class Block:
         """The parameter's name in the model's state dict."""
         return f"{self.path}.{parameter}" if self.path else parameter
 
+    def value(self, parameter: str, tensor: Callable[[str], Tensor]) -> Tensor:
+        """A parameter as the graph reads it, `[d_out, d_in]` or `[width]`, of the tensors in the state dict's names."""
+        stored = self.stored[parameter]
+        if stored.derived is not None:
+            return stored.derived.value(lambda name: tensor(self.full(name)))
+        return rows_in_place(tensor(self.full(parameter)), stored)
+
 
 @dataclass(frozen=True)
 class Traced:
-    """The blocks of a model, in the order in which it runs them."""
+    """The blocks of a model, in the order in which it runs them.
+
+    Attributes:
+        after: the module behind the last block (the final norm), which can make up for blocks that have no route.
+        first: the position of a sequence's first token.
+    """
 
     blocks: tuple[Block, ...]
+    after: Block | None = None
+    first: int = 0
 
     @property
     def kinds(self) -> dict[str, Graph]:
@@ -80,14 +99,28 @@ def trace(model: nn.Module, example: Any = None) -> Traced:
     Raises:
         BadInput: no blocks are found, or one cannot be traced.
     """
+    Interface.of(model)  # refuses what cannot be watched
+    _require_numbers(model)
+    if example is not None and not isinstance(example, Tensor | Mapping):
+        raise BadInput(f"example must be a tensor or a mapping of keyword arguments, got {type(example).__name__}")
     key = _state(model), _shape(example)
     known = _traced.get(model)
     if known is not None and known[0] == key:
         return known[1]
-    with evaluating(model):
-        found = Traced(_blocks(model, example))
+    device = device_of(model)
+    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        found = _found(model, example)
     _traced[model] = key, found
     return found
+
+
+def _require_numbers(model: nn.Module) -> None:
+    empty = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise BadInput(
+            f"{empty} is on the meta device and has no numbers, without which no block can be found; load the weights, "
+            "or judge a small model of the same class"
+        )
 
 
 def _state(model: nn.Module) -> Any:
@@ -100,31 +133,38 @@ def _state(model: nn.Module) -> Any:
 def _shape(example: Any) -> Any:
     if isinstance(example, Tensor):
         return tuple(example.shape), str(example.dtype)
-    return None if example is None else tuple((k, _shape(v)) for k, v in sorted(example.items()))
+    if isinstance(example, Mapping):
+        return tuple((k, _shape(v)) for k, v in sorted(example.items()))
+    return None if example is None else type(example).__name__
 
 
-def _blocks(model: nn.Module, example: Any) -> tuple[Block, ...]:
-    calls, tokens = _calls(model, example)
-    shared = _shared(model, calls)
+def _found(model: nn.Module, example: Any) -> Traced:
+    calls = _calls(model, example)
+    shared = _shared(model, calls.blocks)
     translations: dict[Any, Translation] = {}
-    found = []
-    for place, call in enumerate(calls):
+
+    def block(call: Call, place: int) -> Block:
         key = _kind(call, place)
         if key not in translations:
-            translations[key] = translate(export(call, tokens))
+            translations[key] = translate(export(call, calls.tokens))
         known = translations[key]
         tied = [
             replace(p, tied=p.tied or (f"{call.path}.{p.name}" if call.path else p.name) in shared)
             for p in known.graph.parameters
         ]
         graph = replace(known.graph, parameters=tuple(tied)) if any(p.tied for p in tied) else known.graph
-        axis = next(i for i, size in enumerate(call.value.shape) if size == tokens)
-        found.append(Block(call.path, call.number, graph, known.taps, known.stored, call.stream, call.result, axis))
-    return tuple(found)
+        axis = call.axis or (TOKENS_FIRST if call.value.dim() > 2 else 0)
+        return Block(call.path, call.number, graph, known.taps, known.stored, call.stream, call.result, axis)
+
+    blocks = tuple(block(call, place) for place, call in enumerate(calls.blocks))
+    after = block(calls.after[-1], len(blocks)) if calls.after else None
+    interface, count = Interface.of(model), vocabulary(model)
+    ids = None if count is None or "decoder_input_ids" in interface.takes else _ids(model, count, 3)
+    return Traced(blocks, after, 0 if ids is None else first_position(model, interface, ids))
 
 
-def _calls(model: nn.Module, example: Any) -> tuple[tuple[Call, ...], int]:
-    """The calls of the blocks in a short run, and its number of tokens."""
+def _calls(model: nn.Module, example: Any) -> Found:
+    """The calls of the blocks in a short run."""
     interface = Interface.of(model)
     sizes = {s for p in model.parameters() for s in p.shape} | _numbers_in(getattr(model, "config", None))
     primes = [p for p in PRIMES if p not in sizes] or list(PRIMES)
@@ -143,6 +183,8 @@ def _calls(model: nn.Module, example: Any) -> tuple[tuple[Call, ...], int]:
         stream = torch.randn(1, primes[0], width, device=device_of(model), dtype=_dtype(model))
         try:
             return _run(model, interface, stream, primes)
+        except BadInput as error:  # it ran: no other width will do
+            raise error from None
         except Exception as error:
             problems.append(f"with a stream of width {width}: {type(error).__name__}: {error}")
     tried = "; ".join(str(p)[:200] for p in problems[:3]) or "it has no parameters"
@@ -151,31 +193,46 @@ def _calls(model: nn.Module, example: Any) -> tuple[tuple[Call, ...], int]:
     )
 
 
-def _run(model: nn.Module, interface: Interface, value: Tensor, primes: list[int]) -> tuple[tuple[Call, ...], int]:
+def _run(model: nn.Module, interface: Interface, value: Tensor, primes: list[int]) -> Found:
     options: dict[str, Any] = {"use_cache": False}
     if "decoder_input_ids" in interface.takes and not value.is_floating_point():
         options["decoder_input_ids"] = value[:, :1].expand(1, value.shape[1])
         value = torch.cat([value, value[:, : primes[1] - primes[0]]], dim=1)  # the encoder reads another number
     args, kwargs = interface.inputs(value, **options)
-    tokens = primes[0]
-    return find_blocks(model, lambda: model(*args, **kwargs), tokens), tokens
+    return find_blocks(model, lambda: model(*args, **kwargs), primes[0], _first_moved(model, args, kwargs))
 
 
-def _of_example(model: nn.Module, interface: Interface, example: Any) -> tuple[tuple[Call, ...], int]:
+def _of_example(model: nn.Module, interface: Interface, example: Any) -> Found:
     if isinstance(example, Tensor):
+        if example.dim() < 2:
+            raise BadInput(f"the example has the shape {tuple(example.shape)}; [batch, tokens, ...] is wanted")
         args, kwargs = interface.inputs(example, use_cache=False)
-        tokens = int(example.shape[1]) if example.dim() > 1 else int(example.shape[0])
-    elif isinstance(example, Mapping):
-        args, kwargs = (), dict(example)
+        tokens = int(example.shape[1])
+    else:
+        kwargs = dict(example)
+        alone = not interface.by_name and interface.first not in ("input_ids", "inputs_embeds")
+        args = (kwargs[interface.first],) if alone and interface.first in kwargs else ()
         first = kwargs.get("decoder_input_ids", next((v for v in kwargs.values() if isinstance(v, Tensor)), None))
         if not isinstance(first, Tensor) or first.dim() < 2:
-            raise BadInput("example must hold a tensor [batch, tokens, ...]")
+            raise BadInput("the example must hold a tensor [batch, tokens, ...]")
         tokens = int(first.shape[1])
+        if args:
+            del kwargs[interface.first]
         if "use_cache" in interface.takes:
             kwargs.setdefault("use_cache", False)
-    else:
-        raise BadInput(f"example must be a tensor or a mapping of keyword arguments, got {type(example).__name__}")
-    return find_blocks(model, lambda: model(*args, **kwargs), tokens), tokens
+    return find_blocks(model, lambda: model(*args, **kwargs), tokens, _first_moved(model, args, kwargs))
+
+
+def _first_moved(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+    """The same call with another first token."""
+    name, value = next((k, v) for k, v in [*enumerate(args), *kwargs.items()] if isinstance(v, Tensor) and v.dim() > 1)
+    name = "decoder_input_ids" if "decoder_input_ids" in kwargs else name
+    value = kwargs.get("decoder_input_ids", value)
+    moved = value.clone()
+    moved[:, 0] = value[:, -1] if not value.is_floating_point() else value[:, -1] + 1
+    if isinstance(name, int):
+        return lambda: model(*args[:name], moved, *args[name + 1 :], **kwargs)
+    return lambda: model(*args, **{**kwargs, str(name): moved})
 
 
 def _ids(model: nn.Module, count: int, tokens: int) -> Tensor:
@@ -212,7 +269,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _shared(model: nn.Module, calls: tuple[Call, ...]) -> set[str]:
-    """Parameters that more than one place uses: several blocks, a block called several times, or the rest of the model."""
+    """Parameters that more than one place uses: several blocks, a block called again, or the rest of the model."""
     places: dict[int, set[str]] = {}
     names: dict[int, list[str]] = {}
     twice = {c.path for c in calls if c.number > 0}
@@ -233,14 +290,25 @@ def _kind(call: Call, place: int) -> Any:
     settings = []
     for path, module in call.module.named_modules():
         own = {
-            name: value for name, value in vars(module).items()
-            if isinstance(value, bool | float | str | int) and name != "training"
-            and not (type(value) is int and value in (place, call.number))
+            name: _setting(value) for name, value in vars(module).items()
+            if name != "training" and not (type(value) is int and value in (place, call.number))
         }  # fmt: skip
-        settings.append((path, type(module), tuple(sorted(own.items()))))
+        numbers = tuple((n, None if b is None or b.numel() > 1 else _setting(b)) for n, b in module._buffers.items())
+        settings.append((path, type(module), tuple(sorted(own.items())), numbers))
     shapes = tuple((n, tuple(p.shape)) for n, p in call.module.named_parameters(remove_duplicate=False))
     given = tuple((k, _described(v)) for k, v in [*enumerate(call.args), *call.kwargs.items()])
     return tuple(settings), shapes, given
+
+
+def _setting(value: Any) -> Any:
+    """A module's attribute, as far as what it computes may depend on it: numbers, words, functions."""
+    if isinstance(value, Tensor):  # what is no parameter or buffer becomes part of the program
+        return str(value.dtype), tuple(value.shape), tuple(value.detach().cpu().double().flatten().tolist())
+    if isinstance(value, tuple | list):
+        return tuple(_setting(v) for v in value)
+    if isinstance(value, bool | str | int | torch.dtype) or inspect.isroutine(value) or value is None:
+        return value
+    return repr(value) if isinstance(value, float) else type(value).__name__
 
 
 def _described(value: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import at
+from .capture import at, replaced
 from .observe import Chosen
 from .parameters import Event, intercepting
 from .rows import batch_rows
@@ -37,7 +37,10 @@ def host(rows: Tensor) -> np.ndarray:
     return np.asarray(rows.to(device="cpu", dtype=torch.float64).numpy())
 
 
-class Finished(Exception):  # noqa: N818
+Again = Callable[[], Tensor]  # runs a block once more, on what it was given
+
+
+class Finished(Exception):
     """Nothing that is still to run of a forward is of use to anyone."""
 
 
@@ -69,10 +72,11 @@ class Watcher:
         self.place = place
         self.seen[place] = Seen({STREAM: self.rows.of(stream, self.traced.blocks[place].axis).clone()})
 
-    def left(self, place: int, stream: Tensor) -> None:
-        """A block gave `stream`."""
+    def left(self, place: int, stream: Tensor, again: Again) -> Tensor | None:
+        """A block gave `stream`, and gives it `again` when asked; gives what is to take its place, or None."""
         block = self.traced.blocks[place]
         self.seen[place].shown[block.graph.output] = self.rows.of(stream, block.axis).clone()
+        return None
 
     def read(self, tap: Tap, event: Event) -> Tensor | None:
         """A watched call read parameters; gives what is to take the place of its result, or None."""
@@ -102,11 +106,14 @@ class Watcher:
         if not all(n.startswith(f"{block.path}." if block.path else "") for n in event.names):
             return None
         names = frozenset(n[start:] for n in event.names)
-        same = [t for t in self.watched(self.place) if t.parameters == names]
+        watched = self.watched(self.place)
+        mine = frozenset().union(*(t.parameters for t in watched))
+        same = [t for t in block.taps if t.parameters & mine == names]
         seen = self.seen[self.place]
         number = seen.counts.get(names, 0)
         seen.counts[names] = number + 1
-        return self.read(same[number], event) if number < len(same) else None
+        told = number < len(same) and same[number] in watched and same[number].output[0]
+        return self.read(same[number], event) if told else None
 
     def names(self) -> list[str]:
         """The parameters whose calls are watched, in the state dict's names."""
@@ -127,7 +134,10 @@ class Watcher:
 
 @contextmanager
 def _hooked(
-    model: nn.Module, traced: Traced, entered: Callable[[int, Tensor], None], left: Callable[[int, Tensor], None]
+    model: nn.Module,
+    traced: Traced,
+    entered: Callable[[int, Tensor], None],
+    left: Callable[[int, Tensor, Again], Tensor | None],
 ) -> Iterator[None]:
     """Tells of the blocks' calls, by their place in the model's order."""
     places = {(b.path, b.number): i for i, b in enumerate(traced.blocks)}
@@ -143,10 +153,16 @@ def _hooked(
         return hook
 
     def after(block: Block) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
             place = places.get((block.path, counts[block.path]))
-            if place is not None:
-                left(place, at(result, block.result))
+            if place is None:
+                return None
+
+            def again() -> Tensor:
+                return at(module.forward(*args, **kwargs), block.result)  # type: ignore[no-any-return]
+
+            other = left(place, at(result, block.result), again)
+            return None if other is None else replaced(result, block.result, other)
 
         return hook
 
