@@ -36,6 +36,9 @@ families: $(TEST)/.ready
 bench: $(TEST)/.ready
 	$(TEST)/bin/python tests/bench.py
 
+bench-in-place: $(TEST)/.ready
+	$(TEST)/bin/python tests/bench_in_place.py
+
 scale: $(TEST)/.ready
 	$(TEST)/bin/python tests/bench_scale.py
 

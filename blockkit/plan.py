@@ -105,7 +105,10 @@ def offers(planner: Planner, tokens: int | None = None) -> dict[str, Route]:
     rules: dict[str, tuple[list[Route], Callable[[Route], object]]] = {
         "minimal": (single, lambda r: (r.conditional, r.numbers.estimate())),
         "matrix": (matrix, lambda r: (r.conditional, len(r.steps), r.numbers.estimate())),
-        "stable": (single, lambda r: (r.conditional, _roughness(r) > 2, outward(r), _roughness(r), r.numbers.estimate())),
+        "stable": (
+            single,
+            lambda r: (r.conditional, _roughness(r) > 2, outward(r), _roughness(r), r.numbers.estimate()),
+        ),
         "joint": (matrix, lambda r: (r.conditional, _roughness(r), -r.capacity.estimate())),
     }
     for name, (candidates, cost) in rules.items():

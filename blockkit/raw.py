@@ -12,7 +12,22 @@ from .documents import Place, check_keys, mapping, name_at, placed, plain, shown
 from .errors import BadInput
 from .graph import Graph, Node, Parameter
 from .mixing import MixingOp
-from .ops import Activation, Add, Concat, LayerNorm, MatMul, Mix, Multiply, Op, Opaque, RMSNorm, Scale, Slice, Softcap, Softmax
+from .ops import (
+    Activation,
+    Add,
+    Concat,
+    LayerNorm,
+    MatMul,
+    Mix,
+    Multiply,
+    Op,
+    Opaque,
+    RMSNorm,
+    Scale,
+    Slice,
+    Softcap,
+    Softmax,
+)
 from .routing import Clamp, Repeat, TopK
 from .sizes import Size
 

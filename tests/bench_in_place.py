@@ -133,7 +133,12 @@ def alone(part: str) -> Any:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        parts = {"absorbing": absorbing, "decoding": decoding, "forward": lambda: peak(False), "peak": lambda: peak(True)}
+        parts = {
+            "absorbing": absorbing,
+            "decoding": decoding,
+            "forward": lambda: peak(False),
+            "peak": lambda: peak(True),
+        }
         print(json.dumps(parts[sys.argv[1]]()))
         return
     speed, steps, forward, absorbed = (alone(part) for part in ("absorbing", "decoding", "forward", "peak"))

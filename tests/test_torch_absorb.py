@@ -68,7 +68,9 @@ def gemma() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    return shaken(GPT2LMHeadModel(GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)))
+    return shaken(
+        GPT2LMHeadModel(GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+    )
 
 
 def mixtral() -> nn.Module:

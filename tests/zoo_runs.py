@@ -63,12 +63,15 @@ class Patched:
     Attributes:
         strategy: the one that was asked for; None for the default.
         moved: the parameters that were changed, for each kind of block.
-        error, unpatched: with the patch, and without.
+        error: with the patch on the model.
+        merged: of a model made anew that has the edited weights.
+        unpatched: without the patch.
     """
 
     strategy: str | None
     moved: tuple[str, ...] = ()
     error: float | None = None
+    merged: float | None = None
     unpatched: float | None = None
     reason: str = ""
 
@@ -123,7 +126,7 @@ def examined(name: str, absorbing: bool = True, note: Callable[[Row], None] = la
         return replace(row, reason=f"blocks: {said(error)}")
     for strategy in STRATEGIES:
         note(row)
-        row = replace(row, patches=(*row.patches, absorbed(model, ids, strategy)))
+        row = replace(row, patches=(*row.patches, absorbed(name, model, ids, strategy)))
     return replace(row, reason=row.patches[0].reason)
 
 
@@ -224,19 +227,32 @@ def logits(model: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Te
 # -- a context absorbed ----------------------------------------------------------------------------
 
 
-def absorbed(model: nn.Module, ids: Tensor, strategy: str | None) -> Patched:
-    """Absorbs the context, and runs the edited model on the query alone."""
+def absorbed(name: str, model: nn.Module, ids: Tensor, strategy: str | None) -> Patched:
+    """Absorbs the context, and runs the edited model on the query alone: as it was absorbed, and as ordinary weights.
+
+    The latter is a second model of the class, made anew and given the edited weights: nothing else can hold the
+    context. Once the patch is off, every number of the first has to be as it was.
+    """
     context, query = ids[:, :CONTEXT], ids[:, CONTEXT:]
     wanted = logits(model, ids)[0, -1]
+    fresh = zoo_models.build(name)
+    before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
     try:
         patch = absorb(model, context, query, strategy=strategy)
-        unpatched = logits(model, query, patch.position_ids)[0, -1]
+        positions = patch.position_ids
+        unpatched = logits(model, query, positions)[0, -1]
         with patch.applied(model):
-            found = logits(model, query, patch.position_ids)[0, -1]
+            found = logits(model, query, positions)[0, -1]
+        with patch.applied(model, merge=True):
+            fresh.load_state_dict(model.state_dict())
+        merged = logits(fresh, query, positions)[0, -1]
     except Exception as error:
         return Patched(strategy, reason=said(error))
-    moved = moved_by(model, patch.changes)
-    return Patched(strategy, moved, float((found - wanted).abs().max()), float((unpatched - wanted).abs().max()))
+    changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
+    if changed:
+        return Patched(strategy, reason=f"not restored: {', '.join(changed[:3])}")
+    errors = (float((run - wanted).abs().max()) for run in (found, merged, unpatched))
+    return Patched(strategy, moved_by(model, patch.changes), *errors)
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:

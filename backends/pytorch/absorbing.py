@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from .prompts import Prompt, joined, require_ready
 from .traced import Traced, trace
 from .watching import Finished, Rows, Seen, Watcher
 
-Retained = Tensor | Iterable[int] | slice
+Retained: TypeAlias = Tensor | Iterable[int] | slice  # type: ignore[explicit-any, valid-type, unused-ignore]
 
 
 @dataclass(frozen=True)

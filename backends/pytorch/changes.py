@@ -1,7 +1,7 @@
 """What a changed parameter gives: factors kept beside it, or merged into it.
 
-Factored, a change is added to what a call gives, y = W z + U^T (V z), and no dense matrix is formed. Merged, W + U^T V is
-worked out in float64, rows of it at a time, and rounded once.
+Factored, a change is added to what a call gives, y = W z + U^T (V z), and no dense matrix is formed. Merged, W + U^T V
+is worked out in float64, rows of it at a time, and rounded once.
 """
 
 from __future__ import annotations

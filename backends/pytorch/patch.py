@@ -22,7 +22,7 @@ class TorchPatch(Patch):
     device: str = field(default="cpu", compare=False)
 
     @property
-    def position_ids(self) -> Tensor:  # type: ignore[override]
+    def position_ids(self) -> Tensor:
         """The query's positions, `[batch, tokens]`, int64."""
         return torch.as_tensor(super().position_ids, device=self.device)
 

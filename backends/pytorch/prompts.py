@@ -85,12 +85,12 @@ def embedded(model: nn.Module, value: Tensor) -> Tensor:
     if find is None:
         raise BadInput("ids cannot stand beside embeddings here: the model has no get_input_embeddings; embed them too")
     with torch.no_grad():
-        return find()(value)  # type: ignore[no-any-return]
+        return find()(value)
 
 
 def _check(model: nn.Module, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise BadInput(f"the {name} must be a tensor of ids [batch, n] or of embeddings [batch, n, d], got {type(value)}")
+        raise BadInput(f"the {name} must be a tensor, of ids [batch, n] or embeddings [batch, n, d], not {type(value)}")
     wanted = 3 if value.is_floating_point() else 2
     if value.dim() != wanted:
         shape = "ids [batch, n]" if wanted == 2 else "embeddings [batch, n, d]"
@@ -103,7 +103,7 @@ def _check(model: nn.Module, name: str, value: Any) -> None:
         what = "there is nothing to absorb" if name == "context" else "it must hold at least one token"
         raise BadInput(f"the {name} is empty: {what}")
     if value.device != (device := device_of(model)):
-        raise BadInput(f"the {name} is on {value.device}, the model on {device}; move it there with .to({str(device)!r})")
+        raise BadInput(f"the {name} is on {value.device}, the model on {device}; move it: .to({str(device)!r})")
     if value.is_floating_point():
         if not torch.isfinite(value).all():
             raise BadInput(f"the {name} holds numbers that are not finite")
@@ -141,7 +141,7 @@ def require_ready(model: Any) -> Interface:
     training = [n or type(m).__name__ for n, m in model.named_modules() if m.training]
     if training:
         raise BadInput(
-            f"the model is in training mode ({training[0]}), where dropout makes every run another one; call model.eval()"
+            f"the model is in training mode ({training[0]}): dropout makes every run another one; call model.eval()"
         )
     empty = [n for n, p in model.named_parameters() if p.is_meta]
     if empty:

@@ -126,8 +126,9 @@ class Watcher:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Everything the model runs meanwhile is watched."""
-        with _hooked(self.model, self.traced, self.entered, self.left), intercepting(
-            self.model, self.names(), self.event
+        with (
+            _hooked(self.model, self.traced, self.entered, self.left),
+            intercepting(self.model, self.names(), self.event),
         ):
             yield
 
@@ -159,7 +160,7 @@ def _hooked(
                 return None
 
             def again() -> Tensor:
-                return at(module.forward(*args, **kwargs), block.result)  # type: ignore[no-any-return]
+                return at(module.forward(*args, **kwargs), block.result)
 
             other = left(place, at(result, block.result), again)
             return None if other is None else replaced(result, block.result, other)
