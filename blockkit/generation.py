@@ -230,7 +230,7 @@ def _opener() -> Opener:
     try:
         return found[0].load()
     except (IndexError, ImportError) as error:
+        why = error if found else f"nothing is registered as {GROUP}"
         raise MissingDependency(
-            f"generating needs PyTorch and transformers ({error}). "
-            'Install them with: pip install "blockkit-patch[peft]"'
+            f'generating needs PyTorch and transformers ({why}). Install them with: pip install "blockkit-patch[peft]"'
         ) from None

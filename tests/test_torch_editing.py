@@ -153,13 +153,10 @@ def test_factored_gives_what_merged_gives_and_touches_no_byte(family: str, dtype
         found = logits(model)
         assert {n: h for n, (_, h) in hashes(model).items()} == {n: h for n, (_, h) in before.items()}
     rounding = 1e-5 if dtype is torch.float32 else 0.05
-    assert (found - wanted).abs().max() <= rounding * (wanted - plain).abs().max() + 1e-7
+    unit = torch.finfo(dtype).eps * wanted.abs().max()  # the logits themselves are rounded to this
+    assert (found - wanted).abs().max() <= max(rounding * (wanted - plain).abs().max(), unit)
+    assert (wanted - plain).abs().max() > 4 * unit
     assert hashes(model) == before and torch.equal(logits(model), plain)
-
-
-FLAT = pytest.mark.xfail(
-    strict=True, reason="rows for each prompt do not fit values whose prompts are folded into one axis"
-)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +165,7 @@ FLAT = pytest.mark.xfail(
         ("llama", 10),
         ("llama", 2),
         ("gpt2", 10),
-        pytest.param("gpt2", 2, marks=FLAT),
+        ("gpt2", 2),
         ("gemma3", 10),
         ("gemma3", 2),
     ],

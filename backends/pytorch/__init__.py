@@ -1,10 +1,10 @@
 """Models in memory that PyTorch runs: judged, patched and restored in place.
 
-    from blockkit.backends.pytorch import absorb
+from blockkit.backends.pytorch import absorb
 
-    patch = absorb(model, context, query)                    # ids [1, n] and [1, q]
-    with patch.applied(model):
-        model(query, position_ids=patch.position_ids)        # what model(context + query) gave there
+patch = absorb(model, context, query)                    # ids [1, n] and [1, q]
+with patch.applied(model):
+    model(query, position_ids=patch.position_ids)        # what model(context + query) gave there
 """
 
 from .absorbing import absorb

@@ -110,6 +110,7 @@ def absorb(
         )  # fmt: skip
         with suppress(Finished), solver.watching():
             call(model, interface, runs.reduced, rows.tokens, runs.more[1])
+        solver.require_all()
         patch = absorbed_patch(
             model, interface, task, solver, tokens, int(context.shape[1]), runs.reduced, solver.changes
         )

@@ -8,7 +8,6 @@ stream, so that whatever is said of an operation can be held against numbers.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from blockkit.errors import BadInput, blamed
 
 from .calling import leaves
 from .capture import Call, replaced
-from .sealed import seal
+from .sealed import program, seal
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,16 @@ def export(call: Call, tokens: int) -> Exported:
     rng = torch.Generator().manual_seed(0)
     twin, args, kwargs = _twin(call, rng)
     try:
-        program = _program(twin, args, kwargs)
+        exported = program(twin, args, kwargs).run_decompositions({})
     except Exception as error:
         try:
             if not seal(twin, args, kwargs):
                 raise error
-            program = _program(twin, args, kwargs)
+            exported = program(twin, args, kwargs).run_decompositions({})
         except Exception:
             where = call.path or type(call.module).__name__
             raise BadInput(f"the block {where} cannot be traced by torch.export: {blamed(error)}") from error
-    return _with_values(program, call, twin, args, kwargs, tokens)
-
-
-def _program(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        return torch.export.export(twin, args, kwargs, strict=False).run_decompositions({})
+    return _with_values(exported, call, twin, args, kwargs, tokens)
 
 
 def _twin(call: Call, rng: torch.Generator) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -141,16 +134,16 @@ def _plain(value: Any) -> Any:
 
 
 def _with_values(
-    program: Any, call: Call, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
+    exported: Any, call: Call, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
 ) -> Exported:
-    stored: dict[str, Any] = {**program.state_dict, **program.constants}
+    stored: dict[str, Any] = {**exported.state_dict, **exported.constants}
     values: dict[fx.Node, Any] = {}
     parameters: dict[fx.Node, str] = {}
     named: dict[str, fx.Node] = {}
     inputs = iter(leaves((args, kwargs)))
     given: dict[fx.Node, Any] = {}
-    nodes = list(program.graph.nodes)
-    placeholders = {s.arg.name: s for s in program.graph_signature.input_specs}
+    nodes = list(exported.graph.nodes)
+    placeholders = {s.arg.name: s for s in exported.graph_signature.input_specs}
     for node in nodes:
         if node.op != "placeholder":
             continue
@@ -171,11 +164,11 @@ def _with_values(
     own = frozenset(order[i] for i in call.own)
     calls = tuple(n for n in nodes if n.op == "call_function")
     gets = [n for n in nodes if n.op == "get_attr"]
-    values.update({n: getattr(program.graph_module, n.target) for n in gets})
+    values.update({n: getattr(exported.graph_module, n.target) for n in gets})
     others = frozenset(given) - memory - own - {stream}
     found = Exported(twin, calls, values, parameters, named, others, own, stream, memory, stream, tokens)
     values.update(found.replay(calls, {}))
-    return replace(found, output=_result(program, call, nodes))
+    return replace(found, output=_result(exported, call, nodes))
 
 
 def _other_sequence(value: Any, tokens: int, stream: Tensor) -> bool:

@@ -227,6 +227,17 @@ class Solver(Watcher):
             return MatrixChange(widened(change.left), widened(change.right), True)
         return VectorChange(widened(change.delta), True)
 
+    def require_all(self) -> None:
+        """Refuses a run in which a parameter of a plan was never read.
+
+        Raises:
+            NotPatchable: with its name.
+        """
+        for place, chosen in self.using.items():
+            for step in chosen.plan.route.steps:
+                if (name := self.traced.blocks[place].full(step.parameter)) not in self.changes:
+                    raise NotPatchable(f"the model's own run never read {name}; freeze it to have another one chosen")
+
     def _values(self, graph: Graph, seen: Seen) -> Values:
         shown = {n: host(v) for n, v in seen.shown.items() if n in graph.node or n == graph.input}
         return Values(graph, shown, _Parameters(graph, self._stored))

@@ -6,9 +6,12 @@ exported program that can still be run, so that it can be seen whether it looks 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from io import StringIO
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -109,10 +112,20 @@ def _blocked(parent: str, calls: dict[str, tuple[nn.Module, tuple[Any, ...], dic
 
 
 def _traceable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            torch.export.export(module, args, kwargs, strict=False)
-        except Exception:
-            return False
+    try:
+        program(module, args, kwargs)
+    except Exception:
+        return False
     return True
+
+
+def program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module as an exported program; what torch has to say on the way is left unsaid."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, args, kwargs, strict=False)
+    finally:
+        logging.disable(before)
