@@ -7,10 +7,10 @@ TEST := .venv
 EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
 comma := ,
 
-.PHONY: demo test lint figures table families bench scale attack zoo clean help
+.PHONY: demo test lint figures table families bench scale attack zoo generation clean help
 
 help:
-	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make scale, make attack, make zoo, make clean; BACKEND=jax make demo runs it on JAX"
+	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make scale, make attack, make zoo, make generation, make clean; BACKEND=jax make demo runs it on JAX"
 
 demo: $(DEMO)/.ready-$(BACKEND)
 	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
@@ -47,6 +47,9 @@ attack: $(TEST)/.ready
 
 zoo: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(TEST)/bin/python tests/zoo.py --jobs 2 --write
+
+generation: $(TEST)/.ready
+	OMP_NUM_THREADS=1 $(TEST)/bin/python tests/generation_figures.py --write
 
 $(DEMO)/.ready-$(BACKEND): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }

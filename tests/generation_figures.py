@@ -157,8 +157,8 @@ def long_table(found: dict[str, Record]) -> str:
             continue
         static, stable = record["static"], record["stable"]
         row += [f"{sum(static['agree'])}/{len(static['agree'])}", of(static["agree"], stable)]
-        numbers = (static["linf"], static["tvd"], max(record["floor"]), static["amplification"])
-        rows.append([*row, *(f"{n:.1e}" for n in numbers)])
+        row += [f"{n:.1e}" for n in (static["linf"], static["tvd"], max(record["floor"]))]
+        rows.append([*row, f"{static['amplification']:.0f}" if grown > 1 else "-"])
     return markdown(head, rows)
 
 

@@ -34,17 +34,18 @@ def test_a_class_is_patched_to_its_own_floor(row: Row) -> None:
     assert row.facts is not None, row.reason
     assert row.blocks, row.reason
     for patch in row.patches:
-        assert patch.error is not None and patch.unpatched is not None, f"{patch.strategy}: {patch.reason}"
-        assert patch.error <= WORST * row.facts.floor, patch
-        assert patch.unpatched >= LEAST * row.facts.floor, patch
+        assert not patch.reason, f"{patch.strategy}: {patch.reason}"
+        assert exact(patch, row.facts.floor), (patch, row.facts.floor)
     assert row.patched and len(row.patches) == 2
 
 
 def test_the_rule_refuses_what_it_should() -> None:
     floor = 1e-6
-    assert exact(Patched(None, error=WORST * floor, unpatched=LEAST * floor), floor)
-    assert not exact(Patched(None, error=1.01 * WORST * floor, unpatched=1.0), floor)
-    assert not exact(Patched(None, error=0.0, unpatched=0.99 * LEAST * floor), floor)
+    good, bad = WORST * floor, 1.01 * WORST * floor
+    assert exact(Patched(None, error=good, merged=good, unpatched=LEAST * floor), floor)
+    assert not exact(Patched(None, error=bad, merged=good, unpatched=1.0), floor)
+    assert not exact(Patched(None, error=good, merged=bad, unpatched=1.0), floor)
+    assert not exact(Patched(None, error=0.0, merged=0.0, unpatched=0.99 * LEAST * floor), floor)
     assert not exact(Patched(None, reason="no route"), floor)
 
 

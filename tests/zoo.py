@@ -78,7 +78,9 @@ def rows(names: Iterable[str], absorbing: bool, jobs: int, limit: float) -> list
 
 # -- what is printed -------------------------------------------------------------------------------
 
-HEAD = ("class", "blocks", "plan", "no patch", "patched", "patched, `matrix`", "floor", "floor by", "exact")
+HEAD = (
+    "class", "blocks", "plan", "no patch", "patched", "as weights", "patched, `matrix`", "floor", "floor by", "exact",
+)  # fmt: skip
 LISTED = ("class", "numbers", "takes positions", "causal", "floor", "floor by", "seconds to build")
 
 
@@ -98,8 +100,13 @@ def summary(found: list[Row]) -> str:
     return (
         f"transformers {transformers.__version__}: {len(found)} classes, {len(ran)} can be built and run on ids. "
         f"{len(good)}{share} of these are patched by the planner's default, {matrix} by `matrix`: the error is at most "
-        f"{WORST} x the class's own floor, and without the patch at least {LEAST:,} x."
+        f"{WORST} x the class's own floor, and without the patch at least {LEAST:,} x.{_outside(good)}"
     )
+
+
+def _outside(good: list[Row]) -> str:
+    names = ", ".join(f"`{row.name}`" for row in good if not row.patches[0].inside)
+    return f" Patched only by a parameter that no block holds: {names}." if names else ""
 
 
 def listing(found: list[Row]) -> str:
@@ -124,7 +131,9 @@ def _columns(row: Row) -> tuple[str, ...]:
     blocks = f"{len(row.blocks)}" + (f" ({kinds} distinct)" if kinds != len(row.blocks) else "")
     ways = ", ".join(facts.floors) or f"rounding of {facts.scale:.2g}"
     plan = "; ".join(f"`{moved}`" for moved in first.moved) or "-"
-    numbers = tuple("-" if v is None else f"{v:.1e}" for v in (first.unpatched, first.error, second.error))
+    numbers = tuple(
+        "-" if v is None else f"{v:.1e}" for v in (first.unpatched, first.error, first.merged, second.error)
+    )
     answer = "yes" if row.patched else "**no**"
     if row.patched and not exact(second, facts.floor):
         answer = "yes (not with `matrix`)"
@@ -155,8 +164,9 @@ def _why(row: Row) -> str:
     if row.reason or not row.patches:
         return row.reason
     first, floor = row.patches[0], row.facts.floor
-    if first.error is not None and first.error > WORST * floor:
-        return f"the patched run is {first.error / floor:.1f} x its floor away"
+    worst = max(first.error or 0.0, first.merged or 0.0)
+    if worst > WORST * floor:
+        return f"a patched run is {worst / floor:.1f} x its floor away"
     return f"the unpatched run is only {(first.unpatched or 0) / floor:.0f} x its floor away"
 
 
@@ -193,13 +203,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     given = parser.parse_args()
     names = [name for name in zoo_models.classes() if fnmatchcase(name, given.only)]
-    text = README.read_text(encoding="utf-8")
     if given.write:
-        with_table(text, "")  # refuses before the work, not after it
+        with_table(README.read_text(encoding="utf-8"), "")  # refuses before the work, not after it
     found = rows(names, not given.list, given.jobs, given.limit)
     made = listing(found) if given.list else table(found)
     if given.write and not given.list:
-        README.write_text(with_table(text, made), encoding="utf-8")
+        README.write_text(with_table(README.read_text(encoding="utf-8"), made), encoding="utf-8")
     print(json.dumps(as_json(found), indent=1) if given.json else made)
 
 

@@ -66,6 +66,7 @@ class Patched:
         error: with the patch on the model.
         merged: of a model made anew that has the edited weights.
         unpatched: without the patch.
+        inside: whether any parameter of a block was changed, and not only others, as the last norm.
     """
 
     strategy: str | None
@@ -73,6 +74,7 @@ class Patched:
     error: float | None = None
     merged: float | None = None
     unpatched: float | None = None
+    inside: bool = True
     reason: str = ""
 
 
@@ -94,10 +96,10 @@ class Row:
 
 
 def exact(patch: Patched, floor: float) -> bool:
-    """Whether a patched run is as good as a contextual one, and an unpatched run is not."""
-    if patch.error is None or patch.unpatched is None:
+    """Whether both patched runs are as good as a contextual one, and an unpatched run is not."""
+    if patch.error is None or patch.merged is None or patch.unpatched is None:
         return False
-    return patch.error <= WORST * floor and patch.unpatched >= LEAST * floor
+    return max(patch.error, patch.merged) <= WORST * floor and patch.unpatched >= LEAST * floor
 
 
 def examined(name: str, absorbing: bool = True, note: Callable[[Row], None] = lambda row: None) -> Row:
@@ -209,11 +211,11 @@ def _eager(model: nn.Module, ids: Tensor) -> Tensor | None:
     before = config._attn_implementation
     if before == "eager":
         return None
-    model.set_attn_implementation("eager")  # type: ignore[operator]
+    model.set_attn_implementation("eager")
     try:
         return logits(model, ids)[0, -1]
     finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        model.set_attn_implementation(before)
 
 
 def logits(model: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -251,8 +253,9 @@ def absorbed(name: str, model: nn.Module, ids: Tensor, strategy: str | None) -> 
     changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
     if changed:
         return Patched(strategy, reason=f"not restored: {', '.join(changed[:3])}")
-    errors = (float((run - wanted).abs().max()) for run in (found, merged, unpatched))
-    return Patched(strategy, moved_by(model, patch.changes), *errors)
+    beside, as_weights, without = (float((run - wanted).abs().max()) for run in (found, merged, unpatched))
+    moved, inside = moved_by(model, patch.changes)
+    return Patched(strategy, moved, beside, as_weights, without, inside)
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:
@@ -260,12 +263,13 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(block.path for block in trace(model).blocks)
 
 
-def moved_by(model: nn.Module, changes: Mapping[str, Any]) -> tuple[str, ...]:
-    """The changed parameters by their names within a block, for each set of them how many blocks have it."""
-    paths = sorted(set(blocks_of(model)), key=len, reverse=True)
+def moved_by(model: nn.Module, changes: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
+    """The changed parameters, for each set of names within a block how many blocks have it; whether there are such."""
+    paths = sorted({path for path in blocks_of(model) if path}, key=len, reverse=True)
     by_block: dict[str, list[str]] = {}
     for name in changes:
-        path = next((p for p in paths if p and name.startswith(f"{p}.")), "")
+        path = next((p for p in paths if name.startswith(f"{p}.")), "")
         by_block.setdefault(path, []).append(name.removeprefix(f"{path}.").removesuffix(".weight"))
+    outside = tuple(f"outside the blocks: {name}" for name in sorted(by_block.pop("", [])))
     counts = Counter(" + ".join(sorted(names)) for names in by_block.values())
-    return tuple(f"{count} x {names}" for names, count in counts.items())
+    return (*(f"{count} x {names}" for names, count in counts.items()), *outside), bool(by_block)

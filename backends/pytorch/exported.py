@@ -76,12 +76,12 @@ def export(call: Call, tokens: int) -> Exported:
     rng = torch.Generator().manual_seed(0)
     twin, args, kwargs = _twin(call, rng)
     try:
-        exported = program(twin, args, kwargs).run_decompositions({})
+        exported = program(twin, args, kwargs)
     except Exception as error:
         try:
             if not seal(twin, args, kwargs):
                 raise error
-            exported = program(twin, args, kwargs).run_decompositions({})
+            exported = program(twin, args, kwargs)
         except Exception:
             where = call.path or type(call.module).__name__
             raise BadInput(f"the block {where} cannot be traced by torch.export: {blamed(error)}") from error

@@ -185,6 +185,7 @@ class _Run:
             solver = self._solver(Solver, chosen, rows, task, target, 1)
             with torch.no_grad(), suppress(Finished), solver.watching():
                 call(self.model, self.interface, last, 1, {})
+            solver.require_all()
             solved = time.perf_counter()
             patch = self._patch(task, solver, "last", last, solver.changes)
             own = self._proved(patch, last, 1) if self.compare_logits else None
@@ -254,6 +255,7 @@ class _Run:
         solver = self._solver(Solver, plans(self.traced, task, seen.length)[1], rows, task, target, seen.length)
         with torch.no_grad(), suppress(Finished), solver.watching():
             call(self.model, self.interface, seen, seen.length, {})
+        solver.require_all()
         patch = self._patch(task, solver, "all", seen, solver.changes)
         wanted = np.concatenate(kept) if kept else logit_rows(self._again(seen))
         own = logit_rows(self._proved(patch, seen, seen.length))

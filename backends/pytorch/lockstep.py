@@ -147,7 +147,7 @@ class Solver(Watcher):
             return
         mine, wanted = (seen[place].shown[STREAM] for seen in (self.seen, self.target))
         graph = self.traced.blocks[place].graph
-        if chosen.plan.graph.input == graph.input and _apart(mine, wanted, self.task.ignored) > SAME:
+        if chosen.plan.graph.input == graph.input and _apart(mine, wanted, self.task.ignored) > max(SAME, 8 * self.eps):
             block = self.traced.blocks[place]
             found = _chosen(in_context(graph), block.taps, self.task, self.capacity)
             if isinstance(found, NotPatchable):

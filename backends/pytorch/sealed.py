@@ -126,6 +126,6 @@ def program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     try:
         with warnings.catch_warnings(), torch.no_grad(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
-            return torch.export.export(module, args, kwargs, strict=False)
+            return torch.export.export(module, args, kwargs, strict=False).run_decompositions({})
     finally:
         logging.disable(before)
