@@ -232,5 +232,5 @@ def _opener() -> Opener:
     except (IndexError, ImportError) as error:
         why = error if found else f"nothing is registered as {GROUP}"
         raise MissingDependency(
-            f'generating needs PyTorch and transformers ({why}). Install them with: pip install "blockkit-patch[peft]"'
+            f'generating needs PyTorch and transformers ({why}). Install: pip install "blockkit-patch[inplace]"'
         ) from None

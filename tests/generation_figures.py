@@ -2,8 +2,8 @@
 
 python tests/generation_figures.py [--tokens N] [--write]        (or: make generation)
 
-Every run is kept in build/generation.json, so that what was broken off goes on where it stopped; --write puts the
-table into the README.
+Every run is kept in build/generation.json, so that what was broken off goes on where it stopped (remove it to
+measure anew); --write puts the table into the README.
 """
 
 from __future__ import annotations

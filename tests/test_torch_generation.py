@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from test_cli import RUN, CommandLine, with_tokenizer
 from test_torch_editing import hashes
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from blockkit.backends.pytorch.growing import Grown
 from blockkit.errors import BadInput, NotPatchable
 from blockkit.weights import extras
 
+hf = pytest.importorskip("transformers")
 PROMPT = torch.tensor([[5, 9, 14, 3, 22, 17, 8, 2, 11, 29]])
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -19,6 +19,7 @@ from blockkit.overlay import Change, MatrixChange, VectorChange
 from .parameters import Event
 from .translate import Stored
 
+HALF = (torch.bfloat16, torch.float16)
 PIECE = 1 << 20  # numbers of a matrix that are worked on at a time
 
 
@@ -86,7 +87,11 @@ def changed_result(
     whole: dict[str, Tensor] = {}
     beside: list[str] = []
     for name, change in changes.items():
-        fits = isinstance(change, MatrixChange) and event.product(name) is not None
+        if isinstance(change, MatrixChange):
+            fits = event.product(name) is not None
+        else:  # a parameter of 16 bits would round it
+            width = event.output.shape[-1] == np.size(change.delta)
+            fits = stored(name).dtype in HALF and width and _slope(event, name, stored(name)) is not None
         if change.per_token or fits:
             beside.append(name)
         else:
@@ -119,8 +124,11 @@ def _added(
         right, left = (_placed(f, z, batch, name) for f in (right, left))
         return (z * right).sum(-1, keepdim=True) * left
     delta = factors.of(change.delta, _wide(output.dtype), output.device)
-    rows = _placed(delta, output, batch, name)
-    return rows * _slope(event, name, output, stored(name)).to(rows.dtype)
+    rows = _placed(delta, output, batch, name) if change.per_token else delta
+    slope = _slope(event, name, stored(name))
+    if slope is None:
+        raise BadInput(f"the result does not grow evenly with {name}, so it cannot have a value for each token")
+    return rows * slope.to(rows.dtype)
 
 
 def _placed(rows: Tensor, value: Tensor, batch: int, name: str) -> Tensor:
@@ -138,15 +146,17 @@ def _placed(rows: Tensor, value: Tensor, batch: int, name: str) -> Tensor:
     )
 
 
-def _slope(event: Event, name: str, output: Tensor, parameter: Tensor) -> Tensor:
-    """By what a vector is multiplied on its way to the result, `[..., width]`: the result grows by slope * delta."""
-    wide = _wide(output.dtype)
+def _slope(event: Event, name: str, parameter: Tensor) -> Tensor | None:
+    """By what a vector is multiplied on its way to the result, `[..., width]`: the result grows by slope * delta.
+
+    None if the result does not grow evenly with it.
+    """
+    wide = _wide(event.output.dtype)
     values = (torch.full_like(parameter, float(n)) for n in range(3))
     never, once, twice = (event.with_values({name: value}, wide) for value in values)
-    slope = once - never
-    if not bool(((twice - once - slope).abs() <= 1e-2 * slope.abs().max()).all()):
-        raise BadInput(f"the result does not grow evenly with {name}, so it cannot have a value for each token")
-    return slope
+    slope: Tensor = once - never
+    even = ((twice - once - slope).abs() <= 1e-2 * slope.abs().max()).all()
+    return slope if bool(even) else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

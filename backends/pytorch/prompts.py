@@ -90,7 +90,7 @@ def embedded(model: nn.Module, value: Tensor) -> Tensor:
 
 def _check(model: nn.Module, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise BadInput(f"the {name} must be a tensor, of ids [batch, n] or embeddings [batch, n, d], not {type(value)}")
+        raise BadInput(f"the {name} must be a tensor of ids [batch, n] or embeddings [batch, n, d], not {type(value)}")
     wanted = 3 if value.is_floating_point() else 2
     if value.dim() != wanted:
         shape = "ids [batch, n]" if wanted == 2 else "embeddings [batch, n, d]"

@@ -5,7 +5,7 @@ from typing import Any
 
 from blockkit.errors import MissingDependency
 
-EXTRAS = {"tokenizers": "hf", "peft": "peft", "transformers": "peft", "matplotlib": "plot"}  # others: `gemma`
+EXTRAS = {"tokenizers": "hf", "peft": "peft", "transformers": "inplace", "matplotlib": "plot"}  # others: `gemma`
 
 
 def require(package: str) -> Any:
