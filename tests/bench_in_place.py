@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CONTEXT, RUNS, STEPS = 500, 9, 40
+CONTEXT, RUNS, STEPS = 500, 7, 25
 PROSE = "Item {i} of the list is a {w}."
 
 

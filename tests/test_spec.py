@@ -524,6 +524,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "repeat": {"op": "repeat", "times": 1, "args": ["v"]},
     "clamp": {"op": "clamp", "low": -1.5, "args": ["v"]},
     "mix": {"op": "mix", "width": 4, "args": ["h"]},
+    "opaque": {"op": "opaque", "width": 4, "args": ["v"]},
 }
 
 
