@@ -14,7 +14,7 @@ from .executor import Executor, Rows
 from .graph import Graph, Node
 from .layout import Layout, Past
 from .ops import MatMul
-from .overlay import Change, MatrixChange, added, dense, plus
+from .overlay import Change, MatrixChange, added, dense, narrowed, plus
 from .plan import Plan
 from .request import Request
 from .route import Step
@@ -162,7 +162,7 @@ class BlockStepper:
             raise ConditionViolated(
                 message, node=error.node, parameter=error.parameter, coordinates=error.coordinates, size=error.size
             ) from None
-        return plus(overlay.get(step.parameter), change)
+        return plus(overlay.get(step.parameter), narrowed(change, self.executor.dtype))
 
     def _refined(
         self, layer: int, reduced: Array, target: Host, actual: Host,

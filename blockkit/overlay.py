@@ -63,12 +63,16 @@ def plus(first: Change | None, second: Change) -> Change:
     raise TypeError("these two changes do not add up")
 
 
-def narrowed(change: Change) -> Change:
-    """The change as files hold it: float32."""
+def narrowed(change: Change, dtype: str) -> Change:
+    """The change as a patch holds it: float64 for a model that runs in float64, else float32.
+
+    A run narrows what it solves for before it goes on, so that what this rounds off is seen, and made up for.
+    """
+    held = np.float64 if dtype == "float64" else np.float32
     if isinstance(change, MatrixChange):
-        left, right = (np.ascontiguousarray(f, np.float32) for f in (change.left, change.right))
+        left, right = (np.ascontiguousarray(f, held) for f in (change.left, change.right))
         return MatrixChange(left, right, change.per_token)
-    return VectorChange(np.ascontiguousarray(change.delta, np.float32), change.per_token)
+    return VectorChange(np.ascontiguousarray(change.delta, held), change.per_token)
 
 
 def shape_of(change: Change) -> tuple[int, ...]:

@@ -30,14 +30,15 @@ class Patch:
     saved there (`model.save_pretrained(folder)`) is an ordinary checkpoint with the patch merged.
 
     Attributes:
-        changes: by slot; float32, in the orientation y = W z. A slot is a parameter of the kit's own models
-            (`layers.3.mlp.down_proj`), or the name that a model in memory has for it (`NAME[e]`: for the slice `e`
-            along its first axis, as of one expert).
+        changes: by slot; float32 (float64 for a model in float64), in the orientation y = W z. A slot is a parameter
+            of the kit's own models (`layers.3.mlp.down_proj`), or the name that a model in memory has for it
+            (`NAME[e]`: for the slice `e` along its first axis, as of one expert).
         made_for: fingerprint of the model: its architecture and a hash of the weights that change.
         strategy: how the parameters were chosen.
         tokens: `last`, `each` or `all`.
         context_length: positions before the query, which runs from here on (of several prompts: the most).
-        query: the token ids for which the patch is exact, in this order: `batch` prompts of one length.
+        query: the token ids for which the patch is exact, in this order: `batch` prompts of one length; all -1 where
+            the query was embeddings.
         dtype: in which the model ran when the patch was made.
         measured: error of the edited model's ordinary run (`linf`, `tvd`, `top1_agree`).
         batch: how many prompts the query is. A per-token change then has a row for each token, or for each prompt.
@@ -106,7 +107,7 @@ class Patch:
     def of(absorbed: Any, model: Model, dtype: str) -> Patch:
         """The patch of an `Absorbed` context, with the fingerprint of the model it was made for."""
         changes = {
-            stored_name(model.architecture, layer, name): narrowed(change)
+            stored_name(model.architecture, layer, name): narrowed(change, dtype)
             for layer, overlay in absorbed.overlays.items()
             for name, change in overlay.items()
         }

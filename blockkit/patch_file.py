@@ -100,7 +100,8 @@ def _facts(text: str) -> dict[str, Any]:
 
 
 def _integers(name: str, values: list[Any]) -> tuple[int, ...]:
-    if not all(type(v) is int and v >= 0 for v in values):
+    least = -1 if name == "query" and set(values) == {-1} else 0  # embeddings have no ids
+    if not all(type(v) is int and v >= least for v in values):
         raise ValueError(f"{name} holds {values!r:.40}")
     return tuple(values)
 
@@ -154,7 +155,7 @@ def _changes(tensors: Mapping[str, np.ndarray]) -> dict[str, Change]:
     for key, value in tensors.items():
         stem, part = key.rsplit(".", 1)
         slot, per_token = stem.removesuffix(".each"), stem.endswith(".each")
-        if value.dtype != np.float32 or not np.isfinite(value).all() or not value.ndim:
+        if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all() or not value.ndim:
             raise ValueError(f"the tensor {key} does not hold what a patch does")
         if part == "left":
             right = tensors[f"{stem}.right"]

@@ -117,6 +117,13 @@ def rounding(step: Step, graph: Graph, target: Rows, reduced: Mapping[str, Rows]
     return np.asarray(eps * size)
 
 
+def _undivided(step: Step) -> bool:
+    """Whether the residual reaches a matrix as it is: nothing on the way can make a small part of it large."""
+    return (
+        bool(step.path) and not step.region and {link.law.action for link in step.path} <= {Action.SHIFT, Action.WEIGHT}
+    )
+
+
 class _Pull:
     """A residual on its way upstream; linear laws are collected and inverted together."""
 
@@ -124,7 +131,10 @@ class _Pull:
         self.step, self.graph, self.run = step, graph, run
         target, actual = run.contextual[step.goal], run.reduced[step.goal]
         residual = target - actual
-        self.residual = np.where(np.abs(residual) <= rounding(step, graph, target, run.reduced, run.eps), 0.0, residual)
+        small = np.abs(residual) <= rounding(step, graph, target, run.reduced, run.eps)
+        if _undivided(step):  # then a part of a row that is wanted at all costs nothing
+            small = small.all(axis=1, keepdims=True)
+        self.residual = np.where(small, 0.0, residual)
         self.matrix: np.ndarray | None = None  # [rows, width], or [tokens, rows, width]
         self.diagonal: np.ndarray | float = 1.0  # [tokens, width], right of the matrix
 
@@ -306,10 +316,10 @@ def _weight_change(step: Step, node: Node, z: Rows, wanted: Rows, per_token: boo
         unit, largest = _by_largest(z)
         squares = np.sum(unit**2, axis=1, keepdims=True) * largest
         return MatrixChange(wanted, np.divide(unit, squares, out=np.zeros_like(z), where=squares > 0), per_token)
-    u, sizes, vt = np.linalg.svd(z, full_matrices=False)
+    _, sizes, vt = np.linalg.svd(z, full_matrices=False)
     kept = sizes > sizes[0] * max(z.shape) * np.finfo(np.float64).eps
-    left = (u[:, kept] / sizes[kept]).T @ wanted
-    right = vt[kept]
+    right = vt[kept].astype(np.float32).astype(np.float64)  # as patches hold it: `left` then makes up for its rounding
+    left = np.linalg.lstsq(z @ right.T, wanted, rcond=None)[0]
     missed = np.abs(z @ right.T @ left - wanted)
     asked = np.abs(wanted).max(axis=1, keepdims=True)  # of each token: a small target is no less a target
     allowed = 1e-6 * asked + 1e-12 * asked.max()

@@ -146,7 +146,7 @@ def test_retained_context_runs_through_the_edited_weights(tokens: str) -> None:
 
 
 @pytest.mark.parametrize("make", [llama, gemma, gpt2])
-def test_embeddings_stand_for_ids(make: Any) -> None:
+def test_embeddings_stand_for_ids(make: Any, tmp_path: Any) -> None:
     model, context, query = make(), ids(1, 12), ids(1, 3, seed=2)
     embed = model.get_input_embeddings()
     wanted = model(torch.cat([context, query], 1)).logits[:, -3:]
@@ -157,6 +157,10 @@ def test_embeddings_stand_for_ids(make: Any) -> None:
     with both.applied(model):
         own = model(inputs_embeds=embed(query), position_ids=both.position_ids).logits[:, -1]
         assert apart(own, wanted[:, -1]) < EXACT
+    both.save(tmp_path / "patch.safetensors")
+    again = Patch.load(tmp_path / "patch.safetensors")
+    with again.applied(model):
+        assert torch.equal(model(inputs_embeds=embed(query), position_ids=both.position_ids).logits[:, -1], own)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -243,6 +247,56 @@ def test_an_image_is_absorbed(make: Any, tokens: str) -> None:
         own = model(input_ids=query, position_ids=patch.position_ids).logits
     served = slice(2, 3) if tokens == "last" else slice(0, 3)
     assert apart(own[:, served], wanted[:, served]) < EXACT
+
+
+class Reader(nn.Module):
+    """A decoder that also looks at a memory, of which it needs one at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+        self.layers = nn.ModuleList(nn.TransformerDecoderLayer(16, 2, 24, batch_first=True) for _ in range(2))
+
+    def forward(self, ids: Tensor, memory: Tensor) -> Tensor:
+        x, mask = self.embed(ids), nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        for layer in self.layers:
+            x = layer(x, memory, tgt_mask=mask, tgt_is_causal=True)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_both_runs_are_called_with(batch: int) -> None:
+    model, context, query = shaken(Reader()), ids(batch, 12) % 50, ids(batch, 3, seed=2) % 50
+    memory = torch.randn(batch, 5, 16, generator=torch.Generator().manual_seed(3))
+    wanted = model(torch.cat([context, query], 1), memory)[:, -1]
+    patch = absorb(model, context, query, inputs={"memory": memory})
+    with patch.applied(model):
+        assert apart(model(query, memory)[:, -1], wanted) < EXACT
+    assert apart(model(query, memory)[:, -1], wanted) > 0.1
+
+
+def test_a_patch_of_a_model_in_float64_is_no_less_exact(tmp_path: Any) -> None:
+    model, context, query = gpt2().double(), ids(1, 12), ids(1, 3, seed=2)
+    wanted = model(torch.cat([context, query], 1)).logits
+    absorb(model, context, query, tokens="all").save(tmp_path / "patch.safetensors")
+    patch = Patch.load(tmp_path / "patch.safetensors")
+    for merge in (False, True):
+        with patch.applied(model, merge=merge):
+            assert apart(model(query, position_ids=patch.position_ids).logits, wanted[:, -3:]) < 1e-13
+
+
+def test_many_tokens_merged_are_as_exact_as_a_plain_run() -> None:
+    """They read nearly the same, so the factors are large: what rounding them leaves has to be made up for."""
+    model, draws = llama(), torch.Generator().manual_seed(5)
+    query = torch.randn(1, 1, 32, generator=draws) + 1e-4 * torch.randn(1, 12, 32, generator=draws)
+    context = torch.randn(1, 12, 32, generator=draws)
+    both = torch.cat([context, query], 1)
+    wanted = model(inputs_embeds=both).logits[:, -12:]
+    floor = apart(model.double()(inputs_embeds=both.double()).logits[:, -12:].float(), wanted)
+    patch = absorb(model.float(), context, query, tokens="all", merge=True)
+    with patch.applied(model):
+        own = model(inputs_embeds=query, position_ids=patch.position_ids).logits
+    assert apart(own, wanted) < 10 * floor
 
 
 def test_a_patch_made_anew_from_its_file_serves_the_same_model(tmp_path: Any) -> None:

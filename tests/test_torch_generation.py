@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -123,6 +124,14 @@ def test_without_comparing_it_generates_the_same(tokens: str) -> None:
     assert found.ids == run(tokens=tokens).finish().ids
     assert all(t.patched_id is None and t.measured is None for t in found.tokens)
     assert found.patch is not None and (found.measured is not None) == (tokens == "all")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_growing_gives_the_contextual_bits(dtype: torch.dtype) -> None:
+    """Where attention's output is restored, all else is the same sums; only the first step runs in another shape."""
+    model = copy.deepcopy(model_of("gemma3")).to(dtype)
+    _first, *later = generate(model, PROMPT, tokens="all", max_new_tokens=8).finish().tokens
+    assert [t.measured.linf for t in later if t.measured is not None] == [0.0] * 7
 
 
 def test_a_longer_query_grows_too() -> None:

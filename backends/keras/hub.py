@@ -153,7 +153,7 @@ def _patch(model: Any, executor: Executor, absorbed: Absorbed) -> Patch:
     stored = executor.parameters.stored  # type: ignore[attr-defined]
     of, request = names(model, stored), absorbed.request
     slots = {
-        stored_name(executor.architecture, layer, name): narrowed(change)
+        stored_name(executor.architecture, layer, name): narrowed(change, executor.dtype)
         for layer, overlay in absorbed.overlays.items()
         for name, change in overlay.items()
     }

@@ -15,7 +15,6 @@ from blockkit.algorithm import LOOSEST
 from blockkit.errors import BadInput, BlockkitError, ExactnessLost, blamed
 from blockkit.lockstep import EPS
 from blockkit.metrics import Comparison, compare
-from blockkit.overlay import Change, MatrixChange, VectorChange
 from blockkit.patch import Patch
 from blockkit.request import MODES
 
@@ -61,6 +60,7 @@ def absorb(
     context_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     decoder_input_ids: Tensor | None = None,
+    inputs: Mapping[str, Any] | None = None,
     context_inputs: Mapping[str, Any] | None = None,
     example: Any = None,
 ) -> TorchPatch:
@@ -82,7 +82,8 @@ def absorb(
         context_mask, query_mask: `[batch, n]`, `[batch, q]`, 0 for padding on the left.
         decoder_input_ids: `[batch, t]`, for an encoder-decoder model: context and query are then what the encoder
             reads, and the patch is exact for the decoder's tokens.
-        context_inputs: further arguments of the contextual call (`pixel_values`).
+        inputs: further arguments that the model is called with, context or not (the `memory` that it looks at).
+        context_inputs: further arguments of the contextual call alone (`pixel_values`).
         example: see `trace`.
 
     Raises:
@@ -96,8 +97,10 @@ def absorb(
         raise BadInput(f"tokens={tokens!r}; allowed are {', '.join(MODES)}")
     masks = context_mask, query_mask
     joined(model, context, query, masks)  # what does not fit is refused before anything runs
-    traced = trace(model, example)
-    runs = _runs(model, context, query, retain, masks, decoder_input_ids, tokens, context_inputs, traced.first)
+    own = {**(inputs or {}), **({} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids})}
+    alone = {k: v[:1] if isinstance(v, Tensor) and len(v) == len(query) else v for k, v in (inputs or {}).items()}
+    traced = trace(model, (alone or None) if example is None else example)
+    runs = _runs(model, context, query, retain, masks, tokens, ({**own, **(context_inputs or {})}, own), traced.first)
     task = _task(runs, strategy, tokens, merge, freeze)
     capacity = None if task.per_row else runs.reduced.batch * runs.served
     traced, chosen = plans(traced, task, capacity)
@@ -106,14 +109,12 @@ def absorb(
         wanted, target = contextual_run(model, interface, traced, chosen, runs, rows)
         solver = Solver(
             model, traced, rows, chosen, task=task, target=target, capacity=capacity,
-            eps=EPS[model_dtype(model)], stored=originals(model), length=_length(runs),
+            dtype=model_dtype(model), stored=originals(model), length=_length(runs),
         )  # fmt: skip
         with suppress(Finished), solver.watching():
             call(model, interface, runs.reduced, rows.tokens, runs.more[1])
         solver.require_all()
-        patch = absorbed_patch(
-            model, interface, task, solver, tokens, int(context.shape[1]), runs.reduced, solver.changes
-        )
+        patch = absorbed_patch(model, interface, task, solver, tokens, int(context.shape[1]), runs.reduced)
         with patch.applied(model):
             own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
     measured = compare(_real(own, runs), _real(wanted, runs))
@@ -153,8 +154,8 @@ def call(model: nn.Module, interface: Interface, prompt: Prompt, keep: int, more
 
 def _runs(
     model: nn.Module, context: Tensor, query: Tensor, retain: Retained | None,
-    masks: tuple[Tensor | None, Tensor | None], decoder: Tensor | None, tokens: str,
-    context_inputs: Mapping[str, Any] | None, first: int,
+    masks: tuple[Tensor | None, Tensor | None], tokens: str,
+    more: tuple[Mapping[str, Any], Mapping[str, Any]], first: int,
 ) -> Runs:  # fmt: skip
     whole = joined(model, context, query, masks, first)
     n, q = int(context.shape[1]), int(query.shape[1])
@@ -164,8 +165,7 @@ def _runs(
         reduced = replace(reduced, mask=torch.ones_like(reduced.positions))
     if not query.is_floating_point() and whole.value.is_floating_point() and retain is None:
         reduced = replace(reduced, value=query)  # the ordinary call of the edited model reads ids
-    own = {} if decoder is None else {"decoder_input_ids": decoder}
-    more = {**own, **(context_inputs or {})}, own
+    decoder = more[1].get("decoder_input_ids")
     length = q if decoder is None else int(decoder.shape[1])
     return Runs(whole, reduced, 1 if tokens == "last" else length, more)
 
@@ -214,21 +214,19 @@ def originals(model: nn.Module) -> Callable[[str], Tensor]:
 
 
 def absorbed_patch(
-    model: nn.Module, interface: Interface, task: Task, solver: Solver, tokens: str, context: int, reduced: Prompt,
-    changes: Mapping[str, Change],
-) -> TorchPatch:  # fmt: skip
+    model: nn.Module, interface: Interface, task: Task, solver: Solver, tokens: str, context: int, reduced: Prompt
+) -> TorchPatch:
     """The patch of what a solver found for the reduced prompt; it has not been measured yet."""
-    narrow = {name: _narrow(change) for name, change in changes.items()}
     transposed = tuple(
         block.full(p) for block in solver.traced.blocks for p, lies in block.stored.items()
-        if lies.transposed and block.full(p) in narrow
+        if lies.transposed and block.full(p) in solver.changes
     )  # fmt: skip
     ids = reduced.value if not reduced.value.is_floating_point() else torch.full(reduced.value.shape[:2], -1)
     positions = reduced.positions if "position_ids" in interface.takes else torch.arange(reduced.length).expand_as(ids)
     pads = [] if reduced.mask is None else [int(p) for p in (reduced.mask == 0).sum(1)]
     return TorchPatch(
-        narrow,
-        fingerprint(model, list(narrow)),
+        solver.changes,
+        fingerprint(model, list(solver.changes)),
         ", ".join(sorted(solver.strategies)),
         tokens,
         context,
@@ -242,14 +240,6 @@ def absorbed_patch(
         merged=task.merge,
         device=str(reduced.value.device),
     )
-
-
-def _narrow(change: Change) -> Change:
-    """The change as files hold it: float32."""
-    if isinstance(change, MatrixChange):
-        left, right = (np.ascontiguousarray(f, np.float32) for f in (change.left, change.right))
-        return MatrixChange(left, right, change.per_token)
-    return VectorChange(np.ascontiguousarray(change.delta, np.float32), change.per_token)
 
 
 def _real(logits: Tensor, runs: Runs) -> np.ndarray:

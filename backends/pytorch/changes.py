@@ -117,13 +117,13 @@ def _added(
         product = event.product(name)
         if product is None:
             raise BadInput(f"{name} is not read as a matrix product, so it cannot have a value for each token")
-        z = product.z.to(_wide(product.z.dtype))
+        z = product.z.to(wide_dtype(product.z))
         left, right = (factors.of(f, z.dtype, z.device) for f in (change.left, change.right))
         if not change.per_token:
             return (z @ right.t()) @ left
         right, left = (_placed(f, z, batch, name) for f in (right, left))
         return (z * right).sum(-1, keepdim=True) * left
-    delta = factors.of(change.delta, _wide(output.dtype), output.device)
+    delta = factors.of(change.delta, wide_dtype(output), output.device)
     rows = _placed(delta, output, batch, name) if change.per_token else delta
     slope = _slope(event, name, stored(name))
     if slope is None:
@@ -151,7 +151,7 @@ def _slope(event: Event, name: str, parameter: Tensor) -> Tensor | None:
 
     None if the result does not grow evenly with it.
     """
-    wide = _wide(event.output.dtype)
+    wide = wide_dtype(event.output)
     values = (torch.full_like(parameter, float(n)) for n in range(3))
     never, once, twice = (event.with_values({name: value}, wide) for value in values)
     slope: Tensor = once - never
@@ -159,5 +159,6 @@ def _slope(event: Event, name: str, parameter: Tensor) -> Tensor | None:
     return slope if bool(even) else None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
+def wide_dtype(value: Tensor) -> torch.dtype:
+    """In which a change is added to a call's result, so that it is rounded once: the next wider one, where there is."""
+    return torch.float32 if value.dtype in HALF or value.device.type == "mps" else torch.float64

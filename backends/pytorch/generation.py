@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from blockkit.algorithm import LOOSEST
 from blockkit.errors import BadInput, ExactnessLost
-from blockkit.lockstep import EPS
 from blockkit.metrics import Comparison, compare
-from blockkit.overlay import Change
 
 from .absorbing import absorbed_patch, call, model_dtype, originals
 from .calling import Interface
@@ -187,7 +185,7 @@ class _Run:
                 call(self.model, self.interface, last, 1, {})
             solver.require_all()
             solved = time.perf_counter()
-            patch = self._patch(task, solver, "last", last, solver.changes)
+            patch = self._patch(task, solver, "last", last)
             own = self._proved(patch, last, 1) if self.compare_logits else None
             done = time.perf_counter()
             self.generation.patch = patch
@@ -256,7 +254,7 @@ class _Run:
         with torch.no_grad(), suppress(Finished), solver.watching():
             call(self.model, self.interface, seen, seen.length, {})
         solver.require_all()
-        patch = self._patch(task, solver, "all", seen, solver.changes)
+        patch = self._patch(task, solver, "all", seen)
         wanted = np.concatenate(kept) if kept else logit_rows(self._again(seen))
         own = logit_rows(self._proved(patch, seen, seen.length))
         self.generation.measured = measured = compare(own, wanted)
@@ -292,13 +290,13 @@ class _Run:
         capacity: int,
     ) -> S:  # fmt: skip
         return kind(
-            self.model, self.traced, rows, chosen, task=task, target=target, capacity=capacity, eps=EPS[self.dtype],
+            self.model, self.traced, rows, chosen, task=task, target=target, capacity=capacity, dtype=self.dtype,
             stored=self.stored,
         )  # fmt: skip
 
-    def _patch(self, task: Task, solver: Solver, tokens: str, prompt: Prompt, changes: dict[str, Change]) -> TorchPatch:
+    def _patch(self, task: Task, solver: Solver, tokens: str, prompt: Prompt) -> TorchPatch:
         length = int(prompt.positions[0, 0])
-        return absorbed_patch(self.model, self.interface, task, solver, tokens, length, prompt, changes)
+        return absorbed_patch(self.model, self.interface, task, solver, tokens, length, prompt)
 
     def _token(self, logits: Tensor, own: Tensor | None, seconds: tuple[float, float, float]) -> Token:
         measured = compare(logit_rows(own), logit_rows(logits)) if own is not None else None

@@ -17,6 +17,7 @@ from blockkit.errors import ConditionViolated, NotPatchable
 from blockkit.overlay import MatrixChange
 from blockkit.route import Step
 
+from .changes import wide_dtype
 from .lockstep import Solver
 from .observe import Chosen
 from .parameters import Event
@@ -34,16 +35,16 @@ class Grown:
     amplification: float = 1.0
     tensors: tuple[Tensor, Tensor] | None = None
 
-    def added(self, z: Tensor) -> Tensor:
-        """What the change adds to the product with `z [..., d_in]`."""
-        wide = torch.float64 if z.dtype is torch.float64 else torch.float32
+    def on(self, result: Tensor, z: Tensor) -> Tensor:
+        """The product's `result [..., d_out]` on `z [..., d_in]` with what the change adds, still unrounded."""
+        wide = wide_dtype(z)
         if self.tensors is None or len(self.tensors[0]) != len(self.left):
             self.tensors = (
                 torch.as_tensor(self.left, dtype=wide, device=z.device),
                 torch.as_tensor(self.right, dtype=wide, device=z.device),
             )
         left, right = self.tensors
-        return (z.to(wide) @ right.t()) @ left
+        return result.to(wide) + (z.to(wide) @ right.t()) @ left
 
     def grow(self, z: np.ndarray, wanted: np.ndarray) -> bool:
         """Takes up one more token, `z [d_in]` whose product is to grow by `wanted [d_out]`; whether it can.
@@ -89,10 +90,10 @@ class Grower(Solver):
         if product is None:
             raise NotPatchable(f"{name} is not read as a matrix product, so its change cannot grow")
         if name in self.grown:
-            output = output + self.grown[name].added(product.z).to(output.dtype)
+            output = self.grown[name].on(output, product.z)
         self.note(tap, event, output)
         self._grow(chosen, steps[0], name)
-        output = event.output + self.grown[name].added(product.z).to(output.dtype)
+        output = self.grown[name].on(event.output, product.z).to(event.output.dtype)
         self.seen[self.place].shown[tap.output[0]] = self.rows.of(output, tap.output[1]).clone()
         self.strategies.add(chosen.plan.strategy)
         return output

@@ -18,7 +18,7 @@ from torch import Tensor
 from blockkit.errors import BadInput, ConditionViolated, NotPatchable
 from blockkit.graph import Graph, listed
 from blockkit.lockstep import EPS
-from blockkit.overlay import Change, MatrixChange, VectorChange, dense, plus
+from blockkit.overlay import Change, MatrixChange, VectorChange, dense, narrowed, plus
 from blockkit.route import Step
 from blockkit.solve import Operands, solve_step
 
@@ -121,6 +121,7 @@ class Solver(Watcher):
         task: what is asked.
         target: what the contextual run showed, by place.
         capacity: how many tokens one static change has to serve; None where each has its own.
+        dtype: in which the model computes.
         changes: the changes found, by name in the state dict.
         strategies: those of the plans that were carried out.
         length: how many tokens each sequence of the run has.
@@ -130,7 +131,7 @@ class Solver(Watcher):
     task: Task = field(default_factory=lambda: Task(None, False, False))
     target: Mapping[int, Seen] = field(default_factory=dict)
     capacity: int | None = 1
-    eps: float = EPS["float32"]
+    dtype: str = "float32"
     stored: Callable[[str], Tensor] = field(default=lambda name: torch.empty(0))
     changes: dict[str, Change] = field(default_factory=dict)
     residuals: dict[int, float] = field(default_factory=dict)
@@ -147,7 +148,9 @@ class Solver(Watcher):
             return
         mine, wanted = (seen[place].shown[STREAM] for seen in (self.seen, self.target))
         graph = self.traced.blocks[place].graph
-        if chosen.plan.graph.input == graph.input and _apart(mine, wanted, self.task.ignored) > max(SAME, 8 * self.eps):
+        if chosen.plan.graph.input == graph.input and _apart(mine, wanted, self.task.ignored) > max(
+            SAME, 8 * EPS[self.dtype]
+        ):
             block = self.traced.blocks[place]
             found = _chosen(in_context(graph), block.taps, self.task, self.capacity)
             if isinstance(found, NotPatchable):
@@ -197,13 +200,13 @@ class Solver(Watcher):
 
     def _solve(self, chosen: Chosen, step: Step) -> None:
         name = self.traced.blocks[self.place].full(step.parameter)
-        self.changes[name] = plus(self.changes.get(name), self.solved(chosen, step))
+        self.changes[name] = plus(self.changes.get(name), narrowed(self.solved(chosen, step), self.dtype))
 
     def solved(self, chosen: Chosen, step: Step) -> Change:
         """What the actual values still ask of the step's parameter."""
         graph, block = chosen.plan.graph, self.traced.blocks[self.place]
         actual = self._values(graph, self.seen[self.place])
-        run = Operands(self._wanted(graph, actual), actual, self._stored, self.eps)
+        run = Operands(self._wanted(graph, actual), actual, self._stored, EPS[self.dtype])
         try:
             change = solve_step(step, graph, run, self.task.per_row)
             return self._for_all_rows(change) if change.per_token and self.task.per_token else change

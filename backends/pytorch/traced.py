@@ -93,8 +93,8 @@ def trace(model: nn.Module, example: Any = None) -> Traced:
     """Finds and translates the model's blocks; what was found is kept as long as the model and its shapes are.
 
     Args:
-        example: what the model is called with, where it is not token ids or a stream `[1, tokens, d_model]`: a
-            tensor, or a mapping of keyword arguments.
+        example: what the model is called with, where it is not token ids or a stream `[1, tokens, d_model]` alone: a
+            tensor, a mapping of all keyword arguments, or one of those that it needs beside ids or stream.
 
     Raises:
         BadInput: no blocks are found, or one cannot be traced.
@@ -160,7 +160,8 @@ def _found(model: nn.Module, example: Any) -> Traced:
     after = block(calls.after[-1], len(blocks)) if calls.after else None
     interface, count = Interface.of(model), vocabulary(model)
     ids = None if count is None or "decoder_input_ids" in interface.takes else _ids(model, count, 3)
-    return Traced(blocks, after, 0 if ids is None else first_position(model, interface, ids))
+    first = 0 if ids is None else first_position(model, interface, ids, _beside(interface, example) or {})
+    return Traced(blocks, after, first)
 
 
 def _calls(model: nn.Module, example: Any) -> Found:
@@ -168,13 +169,14 @@ def _calls(model: nn.Module, example: Any) -> Found:
     interface = Interface.of(model)
     sizes = {s for p in model.parameters() for s in p.shape} | _numbers_in(getattr(model, "config", None))
     primes = [p for p in PRIMES if p not in sizes] or list(PRIMES)
-    if example is not None:
+    more = _beside(interface, example)
+    if more is None:
         return _of_example(model, interface, example)
     count = vocabulary(model)
     problems = []
     if count is not None:
         try:
-            return _run(model, interface, _ids(model, count, primes[0]), primes)
+            return _run(model, interface, _ids(model, count, primes[0]), primes, more)
         except BadInput:
             raise
         except Exception as error:
@@ -182,7 +184,7 @@ def _calls(model: nn.Module, example: Any) -> Found:
     for width in _widths(model):
         stream = torch.randn(1, primes[0], width, device=device_of(model), dtype=_dtype(model))
         try:
-            return _run(model, interface, stream, primes)
+            return _run(model, interface, stream, primes, more)
         except BadInput as error:  # it ran: no other width will do
             raise error from None
         except Exception as error:
@@ -193,12 +195,21 @@ def _calls(model: nn.Module, example: Any) -> Found:
     )
 
 
-def _run(model: nn.Module, interface: Interface, value: Tensor, primes: list[int]) -> Found:
+def _beside(interface: Interface, example: Any) -> Mapping[str, Any] | None:
+    """The arguments that an example gives beside ids or stream; None if it gives these, too."""
+    if example is None:
+        return {}
+    whole = isinstance(example, Tensor) or not {"input_ids", "inputs_embeds", interface.first}.isdisjoint(example)
+    return None if whole else example
+
+
+def _run(model: nn.Module, interface: Interface, value: Tensor, primes: list[int], more: Mapping[str, Any]) -> Found:
     options: dict[str, Any] = {"use_cache": False}
     if "decoder_input_ids" in interface.takes and not value.is_floating_point():
         options["decoder_input_ids"] = value[:, :1].expand(1, value.shape[1])
         value = torch.cat([value, value[:, : primes[1] - primes[0]]], dim=1)  # the encoder reads another number
     args, kwargs = interface.inputs(value, **options)
+    kwargs |= more
     return find_blocks(model, lambda: model(*args, **kwargs), primes[0], _first_moved(model, args, kwargs))
 
 
