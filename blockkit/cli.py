@@ -348,13 +348,15 @@ def generate(
     """Generate with the prompt as context, and with the prompt absorbed into the weights, token by token."""
     from . import generation
     from . import generation_report as report_
+    from .chance import Chance
     from .weights.extras import require
 
     _require_known("--dtype", dtype, DTYPES)
     _require_known("--tokens", tokens, generation.MODES)
     if strategy is not None:
         _require_known("--strategy", strategy, STRATEGIES)
-    settings = generation.Settings(max_new_tokens, dtype, tokens, strategy, merge, temperature, top_k, top_p, seed)
+    chance = Chance(temperature, top_k, top_p, seed)
+    settings = generation.Settings(max_new_tokens, dtype, tokens, strategy, merge, chance)
     text = _text("--prompt", prompt)
     for option, file, kinds in (("--metrics", metrics, report_.METRICS), ("--plot", plot, report_.PLOTS)):
         if file is not None:

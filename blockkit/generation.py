@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
 from .algorithm import Progress
+from .chance import Chance
 from .errors import BadInput, MissingDependency
 from .metrics import Comparison
 from .weights.cache import resolve_model
@@ -30,7 +31,7 @@ class Settings:
     Attributes:
         tokens: `each` (a patch of its own for every token) or `all` (one static patch that grows).
         merge: changes are rounded into the weights; with `all`, at the end, once.
-        temperature, top_k, top_p, seed: how the next token is chosen; temperature 0 takes the most probable one.
+        chance: how the next token is chosen.
     """
 
     max_new_tokens: int = 20
@@ -38,22 +39,11 @@ class Settings:
     tokens: str = "each"
     strategy: str | None = None
     merge: bool = False
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
+    chance: Chance = field(default_factory=Chance)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise BadInput(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise BadInput(f"temperature must be 0 (the most probable token) or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise BadInput(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise BadInput(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not 0 <= self.seed < 2**63:
-            raise BadInput(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -260,10 +260,14 @@ def test_a_token_that_asks_for_nothing_is_kept_too() -> None:
         ([1, 2, 3], {}, "ids \\[1, n\\]"),
         (PROMPT + 60, {}, "the model knows 0 to 60"),
         (PROMPT, {"query": 10}, "n > 10"),
-        (PROMPT, {"query": 0}, "n > 1"),
+        (PROMPT, {"query": 0}, "at least 1"),
         (PROMPT, {"tokens": "last"}, "allowed are each, all"),
         (PROMPT, {"max_new_tokens": 0}, "at least 1"),
         (PROMPT, {"max_new_tokens": 56}, "places for 64"),
+        (PROMPT, {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 1, got 1.5"),
+        (PROMPT, {"query": "1"}, "query must be a whole number of at least 1, got '1'"),
+        (PROMPT, {"stop_at": ["a"]}, "stop_at must be ids"),
+        (PROMPT, {"sampling": {"seed": 3}}, "sampling must be a Sampling"),
     ],
 )
 def test_bad_arguments_are_named(prompt: Any, options: dict[str, Any], wanted: str) -> None:
@@ -271,11 +275,23 @@ def test_bad_arguments_are_named(prompt: Any, options: dict[str, Any], wanted: s
         generate(model_of("llama"), prompt, **options)
 
 
-@pytest.mark.parametrize("chance", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "chance",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": None},
+        {"top_k": 0},
+        {"top_k": 2.5},
+        {"top_p": 0.0},
+        {"top_p": "a"},
+        {"seed": None},
+        {"seed": 2**64},
+    ],
+)
 def test_chance_has_its_limits(chance: dict[str, Any]) -> None:
-    for kind in (Sampling, core.Settings):
-        with pytest.raises(BadInput, match=next(iter(chance))):
-            kind(**chance)
+    with pytest.raises(BadInput, match=next(iter(chance))):
+        Sampling(**chance)
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

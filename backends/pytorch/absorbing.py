@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from blockkit.metrics import Comparison, compare
 from blockkit.patch import Patch
 from blockkit.request import MODES
 
+from .arguments import Retained, decoder_ids, globs, keywords, places
 from .calling import Interface, logits_of
 from .editing import fingerprint
 from .lockstep import Solver, Task, plans
@@ -26,8 +27,6 @@ from .patch import TorchPatch
 from .prompts import Prompt, joined, require_ready
 from .traced import Traced, trace
 from .watching import Finished, Rows, Seen, Watcher
-
-Retained: TypeAlias = Tensor | Iterable[int] | slice  # type: ignore[explicit-any, valid-type, unused-ignore]
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,13 @@ def absorb(
         raise BadInput(f"tokens={tokens!r}; allowed are {', '.join(MODES)}")
     masks = context_mask, query_mask
     joined(model, context, query, masks)  # what does not fit is refused before anything runs
-    own = {**(inputs or {}), **({} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids})}
-    alone = {k: v[:1] if isinstance(v, Tensor) and len(v) == len(query) else v for k, v in (inputs or {}).items()}
-    traced = trace(model, (alone or None) if example is None else example)
-    runs = _runs(model, context, query, retain, masks, tokens, ({**own, **(context_inputs or {})}, own), traced.first)
-    task = _task(runs, strategy, tokens, merge, freeze)
+    kept, held = places(retain, int(context.shape[1])), globs(freeze)
+    both = keywords("inputs", inputs)
+    own = {**both, **decoder_ids(decoder_input_ids, len(query))}
+    more = {**own, **keywords("context_inputs", context_inputs)}, own
+    traced = trace(model, (_of_one(both, len(query)) or None) if example is None else example)
+    runs = _runs(model, context, query, kept, masks, tokens, more, traced.first)
+    task = _task(runs, strategy, tokens, merge, held)
     capacity = None if task.per_row else runs.reduced.batch * runs.served
     traced, chosen = plans(traced, task, capacity)
     rows = Rows(runs.reduced.batch, runs.served)
@@ -153,21 +154,30 @@ def call(model: nn.Module, interface: Interface, prompt: Prompt, keep: int, more
 
 
 def _runs(
-    model: nn.Module, context: Tensor, query: Tensor, retain: Retained | None,
+    model: nn.Module, context: Tensor, query: Tensor, kept: Tensor,
     masks: tuple[Tensor | None, Tensor | None], tokens: str,
     more: tuple[Mapping[str, Any], Mapping[str, Any]], first: int,
 ) -> Runs:  # fmt: skip
     whole = joined(model, context, query, masks, first)
     n, q = int(context.shape[1]), int(query.shape[1])
     device = whole.value.device
-    reduced = whole.kept(torch.cat([_places(retain, n).to(device), torch.arange(n, n + q, device=device)]))
-    if retain is not None and reduced.mask is None:  # without it, a jump in positions may pass for another sequence
+    reduced = whole.kept(torch.cat([kept.to(device), torch.arange(n, n + q, device=device)]))
+    if len(kept) and reduced.mask is None:  # without it, a jump in positions may pass for another sequence
         reduced = replace(reduced, mask=torch.ones_like(reduced.positions))
-    if not query.is_floating_point() and whole.value.is_floating_point() and retain is None:
+    if not query.is_floating_point() and whole.value.is_floating_point() and not len(kept):
         reduced = replace(reduced, value=query)  # the ordinary call of the edited model reads ids
     decoder = more[1].get("decoder_input_ids")
     length = q if decoder is None else int(decoder.shape[1])
     return Runs(whole, reduced, 1 if tokens == "last" else length, more)
+
+
+def _of_one(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The arguments for the first sequence alone, as a short run to find the blocks wants them."""
+
+    def first(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == batch else value
+
+    return {name: first(value) for name, value in inputs.items()}
 
 
 def _length(runs: Runs) -> int:
@@ -176,26 +186,7 @@ def _length(runs: Runs) -> int:
     return int(decoder.shape[1]) if isinstance(decoder, Tensor) else runs.reduced.length
 
 
-def _places(retain: Retained | None, n: int) -> Tensor:
-    """The places of the retained context tokens, in order."""
-    if retain is None:
-        return torch.arange(0)
-    if isinstance(retain, slice):
-        retain = range(n)[retain]
-    found = retain if isinstance(retain, Tensor) else torch.as_tensor(list(retain))
-    if found.dtype == torch.bool:
-        if tuple(found.shape) != (n,):
-            raise BadInput(f"retain as a mask must have one entry for each of the {n} context tokens")
-        found = found.nonzero().flatten()
-    found = found.long().cpu()
-    if found.numel() and not (int(found.min()) >= 0 and int(found.max()) < n and bool((found.diff() > 0).all())):
-        raise BadInput(f"retain must be places in the context, from 0 to {n - 1}, in order and each once")
-    if found.numel() == n:
-        raise BadInput("the whole context is retained: there is nothing to absorb")
-    return found
-
-
-def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, freeze: Iterable[str]) -> Task:
+def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, frozen: tuple[str, ...]) -> Task:
     per_row = tokens == "each" or (tokens == "last" and runs.reduced.batch > 1)
     if merge and per_row:
         raise BadInput("changes that differ between tokens or prompts cannot be merged; leave merge=False")
@@ -204,7 +195,7 @@ def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, freeze: It
     if mask is not None and tokens != "last":
         ignored = (mask[:, -runs.served :] == 0).reshape(-1).cpu().numpy()
         ignored = ignored if ignored.any() else None
-    return Task(strategy, per_row, merge, tokens == "each", ignored, tuple(freeze), runs.reduced.batch)
+    return Task(strategy, per_row, merge, tokens == "each", ignored, frozen, runs.reduced.batch)
 
 
 def originals(model: nn.Module) -> Callable[[str], Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blockkit.chance import Chance
 from blockkit.errors import BadInput
 
 from .calling import Interface, logits_of
@@ -72,27 +73,8 @@ def can_cache(model: nn.Module, interface: Interface) -> bool:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the most probable one.
-        top_k, top_p: only the k most probable, or the fewest that hold this much probability.
-        seed: of the draws.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise BadInput(f"temperature must be 0 (the most probable token) or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise BadInput(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise BadInput(f"top_p must be above 0 and at most 1, got {self.top_p}")
+class Sampling(Chance):
+    """Draws of the next token; see `blockkit.chance.Chance` for its numbers and their limits."""
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)

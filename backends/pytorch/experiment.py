@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class TransformersExperiment:
         self.largest_logit, self.chosen = 0.0, np.zeros(0, int)
         self.generation: Generation = generate(
             model, self.prompt, query=query, max_new_tokens=s.max_new_tokens, tokens=s.tokens, strategy=s.strategy,
-            merge=s.merge, sampling=Sampling(s.temperature, s.top_k, s.top_p, s.seed),
+            merge=s.merge, sampling=Sampling(*astuple(s.chance)),
             stop_at=ends(model) if stops else frozenset(),
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ that grows: the patched model sees the tokens generated so far, through its edit
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from blockkit.errors import BadInput, ExactnessLost
 from blockkit.metrics import Comparison, compare
 
 from .absorbing import absorbed_patch, call, model_dtype, originals
+from .arguments import require_whole, stops
 from .calling import Interface
 from .decoding import Decoder, Sampling, can_cache
 from .growing import Grower, Grown
@@ -101,7 +102,7 @@ def generate(
     merge: bool = False,
     compare_logits: bool = True,
     sampling: Sampling | None = None,
-    stop_at: frozenset[int] = frozenset(),
+    stop_at: Iterable[int] = (),
 ) -> Generation:
     """Generates from the contextual model, and patches the model for every token on the way.
 
@@ -119,11 +120,18 @@ def generate(
     interface = require_ready(model)
     if tokens not in MODES:
         raise BadInput(f"tokens={tokens!r}; allowed are {', '.join(MODES)}")
-    if max_new_tokens < 1:
-        raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not isinstance(prompt, Tensor) or prompt.dim() != 2 or prompt.shape[0] != 1 or not 1 <= query < prompt.shape[1]:
+    require_whole("max_new_tokens", max_new_tokens, 1)
+    require_whole("query", query, 1)
+    stop_at = stops(stop_at)
+    if not isinstance(sampling, Sampling | None):
         raise BadInput(
-            f"the prompt must be ids [1, n] with n > {max(query, 1)}: a context, and {query} token(s) of query"
+            f"sampling must be a Sampling(temperature=..., top_k=..., top_p=..., seed=...), got {sampling!r:.60}"
+        )
+    if not isinstance(prompt, Tensor) or prompt.dim() != 2 or prompt.shape[0] != 1 or query >= prompt.shape[1]:
+        raise BadInput(f"the prompt must be ids [1, n] with n > {query}: a context, and {query} token(s) of query")
+    if "decoder_input_ids" in interface.takes:
+        raise BadInput(
+            f"{type(model).__name__} is an encoder-decoder model; absorb(..., decoder_input_ids=...) serves it"
         )
     _require_room(model, int(prompt.shape[1]) + max_new_tokens - 1)
     n = int(prompt.shape[1]) - query

@@ -140,7 +140,7 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 def _made(plain: Tensor, origin: Origin, names: tuple[str, ...], handler: Handler) -> Intercepted:
     make: Callable[..., Intercepted] = Tensor._make_subclass
-    made = make(Intercepted, plain, plain.requires_grad and plain.is_leaf)
+    made = make(Intercepted, plain, plain.requires_grad and plain.is_leaf and not plain.is_inference())
     made.plain, made.origin, made.names, made.handler = plain, origin, names, handler
     return made
 

@@ -97,8 +97,12 @@ def _check(model: nn.Module, name: str, value: Any) -> None:
         raise BadInput(f"the {name} has the shape {tuple(value.shape)}; {shape} are wanted")
     if not value.shape[0]:
         raise BadInput(f"the {name} has the shape {tuple(value.shape)}: there is no sequence in it")
-    if value.dtype is torch.bool or value.is_complex():
-        raise BadInput(f"the {name} is {value.dtype}; whole numbers (ids) or embeddings (floating-point) are wanted")
+    numbers = value.is_floating_point() or value.dtype in (torch.int64, torch.int32)
+    if not numbers or value.layout is not torch.strided:
+        raise BadInput(
+            f"the {name} is {value.dtype}, {value.layout}; a dense tensor of ids (int64, int32) or of embeddings "
+            "(floating-point) is wanted"
+        )
     if not value.shape[1]:
         what = "there is nothing to absorb" if name == "context" else "it must hold at least one token"
         raise BadInput(f"the {name} is empty: {what}")
@@ -115,12 +119,15 @@ def _check(model: nn.Module, name: str, value: Any) -> None:
 
 
 def _joined_mask(context: Tensor, query: Tensor, masks: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    if masks == (None, None):
+    if masks[0] is None and masks[1] is None:
         return None
     parts = []
     for name, value, mask in (("context", context, masks[0]), ("query", query, masks[1])):
         if mask is None:
             mask = torch.ones(value.shape[:2], dtype=torch.long, device=value.device)
+        if not isinstance(mask, Tensor) or mask.device != value.device:
+            where = mask.device if isinstance(mask, Tensor) else type(mask).__name__
+            raise BadInput(f"the {name}'s mask must be a tensor of 0 and 1 on {value.device}, got {where}")
         if tuple(mask.shape) != tuple(value.shape[:2]):
             raise BadInput(f"the {name}'s mask has the shape {tuple(mask.shape)}, its ids {tuple(value.shape[:2])}")
         if not bool(mask[:, -1].all()):

@@ -3,7 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blockkit.errors import BadInput
@@ -54,14 +54,16 @@ def write_file(out: Path, content: bytes) -> None:
     Raises:
         BadInput: `out` is a folder or the like, or it cannot be written.
     """
-    if out.exists() and not out.is_file():
-        raise BadInput(f"cannot write {out}: it exists and is not an ordinary file")
     partial = out.with_name(f".{uuid.uuid4().hex[:12]}.partial")
     try:
-        with partial.open("xb") as file:
-            file.write(content)
-        partial.replace(out)
-    except OSError as error:
-        raise BadInput(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        if out.exists() and not out.is_file():
+            raise BadInput(f"cannot write {out}: it exists and is not an ordinary file")
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+            partial.replace(out)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: no path at all
+        raise BadInput(f"cannot write {str(out)!r:.200}: {getattr(error, 'strerror', None) or error}") from None
