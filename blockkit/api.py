@@ -150,7 +150,7 @@ def replace_constants(architecture: Architecture, constants: Mapping[str, Any]) 
 def require_positive(tokens: int | None) -> int | None:
     """The number of tokens, if there is one and it can be served."""
     if tokens is not None and (type(tokens) is not int or tokens < 1):
-        raise BadInput(f"tokens must be a whole number of at least 1, got {tokens!r:.60}")
+        raise BadInput(f"tokens must be at least 1, got {tokens!r:.60}")
     return tokens
 
 
