@@ -7,10 +7,10 @@ TEST := .venv
 EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
 comma := ,
 
-.PHONY: demo test lint figures table families bench scale attack zoo generation clean help
+.PHONY: demo test lint figures table families bench bench-in-place scale attack zoo generation clean help
 
 help:
-	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make scale, make attack, make zoo, make generation, make clean; BACKEND=jax make demo runs it on JAX"
+	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make bench-in-place, make scale, make attack, make zoo, make generation, make clean; BACKEND=jax make demo runs it on JAX"
 
 demo: $(DEMO)/.ready-$(BACKEND)
 	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
@@ -37,7 +37,7 @@ bench: $(TEST)/.ready
 	$(TEST)/bin/python tests/bench.py
 
 bench-in-place: $(TEST)/.ready
-	$(TEST)/bin/python tests/bench_in_place.py
+	$(TEST)/bin/python tests/bench_in_place.py --write
 
 scale: $(TEST)/.ready
 	$(TEST)/bin/python tests/bench_scale.py

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .arrays import Array
-from .errors import BadInput, ExactnessLost
+from .errors import BadInput
 from .executor import Executor, Overlays
 from .lockstep import BlockStepper, Stepped
 from .metrics import Comparison, compare
 from .plan import Plan, make_plan
+from .proof import require_exact
 from .request import Request
 from .run import Edits, logits_of, remembered, run_stream, sees_later
 
@@ -75,7 +76,7 @@ def absorb(
     contextual, patched = np.split(together, 2)
     done = time.perf_counter()
     measured = compare(patched, contextual)
-    _insist(executor, measured, contextual)
+    require_exact(measured, contextual, executor.dtype)
     seconds = {"absorb": solved - clock, "edited_run": done - solved}
     residuals = tuple(step.residual for step in steps)
     return Absorbed(request, plans, overlays, contextual, patched, measured, residuals, seconds)
@@ -124,16 +125,3 @@ def run_query(
     """The edited model on the query alone, at its positions: an ordinary run, with merged weights if it has any."""
     merge = request.merge and not factored
     return run_stream(executor, request.query, request.reduced_positions, overlays, merge, edited=edited)
-
-
-LOOSEST = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 0.5, "float16": 0.1}
-
-
-def _insist(executor: Executor, measured: Comparison, contextual: np.ndarray) -> None:
-    """Refuses a patch whose own run is not that of the contextual model, whatever the algebra says."""
-    scale = float(np.abs(contextual).max())
-    if not measured.linf <= LOOSEST[executor.dtype] * scale:
-        raise ExactnessLost(
-            f"the edited model's own run is {measured.linf:.3g} away from the contextual logits (which reach "
-            f"{scale:.3g}): the plan is ill-conditioned here in {executor.dtype}; choose another strategy or dtype"
-        )

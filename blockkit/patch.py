@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .checkpoint import Model, stored_name
-from .errors import BadInput
+from .errors import BadInput, BlockkitError
 from .in_place import Receipt, backend_of
 from .overlay import Change, dense, narrowed, shape_of
 from .patch_file import read_patch, write_patch
@@ -112,7 +112,7 @@ class Patch:
             for name, change in overlay.items()
         }
         request = absorbed.request
-        measured = {k: getattr(absorbed.measured, k) for k in ("linf", "tvd", "top1_agree")}
+        measured = asdict(absorbed.measured)
         strategies = {p.strategy for p in absorbed.plans.values()}
         return Patch(
             changes,
@@ -190,8 +190,13 @@ class Patch:
         receipt = self.apply(model, merge)
         try:
             yield receipt
-        finally:
-            self.remove(model)
+        except BaseException as error:
+            try:
+                self.remove(model)
+            except BlockkitError as stuck:
+                error.add_note(f"the patch is still on the model: {stuck}")
+            raise
+        self.remove(model)
 
     def check(self, model: Model) -> None:
         """Refuses a model for which the patch was not made.

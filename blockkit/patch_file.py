@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import BadInput
+from .lockstep import EPS
 from .overlay import Change, MatrixChange, VectorChange
 from .request import MODES
 from .weights.atomic import write_file
@@ -40,8 +42,12 @@ def write_patch(path: Path, facts: Mapping[str, Any], validity: str, changes: Ma
     """
     from safetensors.numpy import save
 
-    header = {"format": f"blockkit-patch {FORMAT}", "validity": validity, "patch": json.dumps(facts)}
-    write_file(path, save(_tensors(changes), header))
+    tensors = _tensors(changes)
+    header = {
+        "format": f"blockkit-patch {FORMAT}", "validity": validity, "patch": json.dumps(facts),
+        "sha256": _digest(tensors),
+    }  # fmt: skip
+    write_file(path, save(tensors, header))
 
 
 def read_patch(source: Path) -> tuple[dict[str, Any], dict[str, Change]]:
@@ -65,8 +71,10 @@ def read_patch(source: Path) -> tuple[dict[str, Any], dict[str, Change]]:
         found = header.get("format", "no format at all")
         raise BadInput(f"{source} is not a patch of format {FORMAT} (its header says {found})")
     try:
+        if header.get("sha256", _digest(tensors)) != _digest(tensors):
+            raise ValueError("the numbers are not those that were written")
         facts = _facts(header["patch"])
-        changes = _changes(tensors)
+        changes = _changes(tensors, facts["tokens"] == "each")
         _require_fitting(facts, changes)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{source}: its header or tensors are damaged ({error})") from None
@@ -89,6 +97,8 @@ def _facts(text: str) -> dict[str, Any]:
             raise ValueError(f"{name} is {value!r:.40}")
     if missing := FACTS.keys() - facts.keys():
         raise ValueError(f"without {', '.join(sorted(missing))}")
+    if facts["dtype"] not in EPS:
+        raise ValueError(f"dtype is {facts['dtype']!r:.40}")
     if facts["tokens"] not in MODES or facts["context_length"] < 1 or not facts["query"]:
         raise ValueError("tokens, context_length or query is out of range")
     if not all(type(v) is str for v in (*facts.get("transposed", ()), *facts.get("tensors", {}).values())):
@@ -101,7 +111,7 @@ def _facts(text: str) -> dict[str, Any]:
 
 def _integers(name: str, values: list[Any]) -> tuple[int, ...]:
     least = -1 if name == "query" and set(values) == {-1} else 0  # embeddings have no ids
-    if not all(type(v) is int and v >= least for v in values):
+    if not all(type(v) is int and least <= v < 2**31 for v in values):
         raise ValueError(f"{name} holds {values!r:.40}")
     return tuple(values)
 
@@ -134,10 +144,21 @@ def _require_fitting(facts: Mapping[str, Any], changes: Mapping[str, Change]) ->
 # -- changes -----------------------------------------------------------------------------------------
 
 
+PER_TOKEN = "@each"  # behind a slot whose change has a row for every token
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
 def _tensors(changes: Mapping[str, Change]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for slot, change in changes.items():
-        each = ".each" if change.per_token else ""
+        each = PER_TOKEN if change.per_token else ""
         if isinstance(change, MatrixChange):
             found[f"{slot}{each}.left"], found[f"{slot}{each}.right"] = change.left, change.right
         else:
@@ -145,8 +166,11 @@ def _tensors(changes: Mapping[str, Change]) -> dict[str, np.ndarray]:
     return found
 
 
-def _changes(tensors: Mapping[str, np.ndarray]) -> dict[str, Change]:
+def _changes(tensors: Mapping[str, np.ndarray], each: bool) -> dict[str, Change]:
     """The changes that the tensors of a file hold.
+
+    Args:
+        each: the patch is one for each token; files once had `.each` behind its slots.
 
     Raises:
         KeyError, ValueError: a tensor is missing, or is none that a patch holds.
@@ -154,7 +178,8 @@ def _changes(tensors: Mapping[str, np.ndarray]) -> dict[str, Change]:
     found: dict[str, Change] = {}
     for key, value in tensors.items():
         stem, part = key.rsplit(".", 1)
-        slot, per_token = stem.removesuffix(".each"), stem.endswith(".each")
+        ending = next((e for e in (PER_TOKEN, *((".each",) if each else ())) if stem.endswith(e)), "")
+        slot, per_token = stem.removesuffix(ending), bool(ending)
         if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all() or not value.ndim:
             raise ValueError(f"the tensor {key} does not hold what a patch does")
         if part == "left":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -80,10 +80,27 @@ def make_plan(graph: Graph, strategy: str = "stable", tokens: int | None = None)
         return _described(strategy, Route((), "nothing to do"), graph, tokens)
     offered = offers(planner, tokens)
     if strategy not in offered:
-        have = ", ".join(offered) or "none of the strategies"
-        limit = f" for {tokens} tokens with one static patch" if tokens else ""
-        raise NotPatchable(f"strategy {strategy!r} has no route{limit}; {have} can do it")
+        raise NotPatchable(f"strategy {strategy!r} has no route{_for(tokens)}; {_instead(planner, offered, tokens)}")
     return _described(strategy, offered[strategy], graph, tokens)
+
+
+def refusal(graph: Graph, tokens: int | None) -> str:
+    """Why no strategy can serve so many tokens, or which ones can."""
+    planner = Planner(graph)
+    return f"there is no route{_for(tokens)}; {_instead(planner, offers(planner, tokens), tokens)}"
+
+
+def _for(tokens: int | None) -> str:
+    return f" for {tokens} tokens with one static patch" if tokens and tokens > 1 else ""
+
+
+def _instead(planner: Planner, offered: Mapping[str, Route], tokens: int | None) -> str:
+    if offered:
+        return f"{', '.join(offered)} can do it"
+    fewer = max(routes_of(planner), key=lambda r: r.capacity.estimate(), default=None)
+    if tokens and fewer is not None:
+        return f"{fewer.capacity} can be served at most (by {' + '.join(fewer.parameters)})"
+    return "none of the strategies can do it, and `check` says why"
 
 
 def offers(planner: Planner, tokens: int | None = None) -> dict[str, Route]:

@@ -49,11 +49,14 @@ class Operands:
 def reads(step: Step, graph: Graph) -> frozenset[str]:
     """The node values (and the input) that `solve_step` wants from the reduced run."""
     names = {step.goal}
-    for name in step.region or tuple(link.node for link in step.path):
-        node = graph.node[name]
-        names.add(name)
-        names.update(a for a in node.args if a not in graph.parameter)
-    return frozenset(names)
+    for name in step.region:
+        names.update((name, *graph.node[name].args))
+    for link in step.path:  # of a sum, the other terms need not be known: they are what is left
+        args = graph.node[link.node].args
+        names.update(
+            (link.node, *(args[link.position : link.position + 1] if link.law.action is Action.SHIFT else args))
+        )
+    return frozenset(names - graph.parameter.keys())
 
 
 def asks(step: Step, graph: Graph) -> frozenset[str]:
@@ -111,9 +114,9 @@ def rounding(step: Step, graph: Graph, target: Rows, reduced: Mapping[str, Rows]
         node = graph.node[link.node]
         if not isinstance(node.op, Add):
             break
-        for position, arg in enumerate(node.args):
-            if position != link.position and arg not in graph.parameter:
-                size = size + np.abs(reduced[arg])
+        term = node.args[link.position]
+        if term not in graph.parameter:
+            size = size + np.abs(reduced[link.node] - reduced[term])
     return np.asarray(eps * size)
 
 

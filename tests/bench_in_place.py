@@ -1,10 +1,11 @@
 """Speed and memory of the in-place backend on the real Gemma 3 270M, 500 tokens of context, float32.
 
-    python tests/bench_in_place.py        (or: make bench-in-place)
+    python tests/bench_in_place.py [--write]        (or: make bench-in-place)
 
-Absorbing is held against one plain contextual forward of the same tokens, a step of a growing patch and a step of a
-patched model against a plain step with a cache; all in one process, A B A B ..., best of several. Peak memory comes
-from processes of their own (Linux): what absorbing holds at most, over the model and one block's activations.
+Absorbing (its proof included) is held against one plain contextual forward of the same tokens, a step of a growing
+patch and a step of a patched model against a plain step with a cache; all in one process, A B A B ..., best of several.
+Peak memory comes from processes of their own (Linux): absorbing against a plain contextual forward. --write puts the
+table into the README.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT, RUNS, STEPS = 500, 7, 25
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- in-place -->", "<!-- /in-place -->"
 PROSE = "Item {i} of the list is a {w}."
 
 
@@ -64,10 +67,18 @@ def absorbing() -> dict[str, float]:
         with torch.no_grad():
             return model(ids, use_cache=False)
 
-    plain, every, stable, matrix = best(
-        forward, whole, lambda: absorb(model, context, query), lambda: absorb(model, context, query, strategy="matrix")
-    )
-    return {"forward": plain, "forward with all logits": every, "absorb": stable, "absorb, matrix": matrix}
+    def alone() -> Any:
+        with torch.no_grad():
+            return model(query, use_cache=False)
+
+    plain, every, short, stable, matrix = best(
+        forward, whole, alone, lambda: absorb(model, context, query),
+        lambda: absorb(model, context, query, strategy="matrix"),
+    )  # fmt: skip
+    return {
+        "forward": plain, "forward with all logits": every, "query alone": short, "absorb": stable,
+        "absorb, matrix": matrix,
+    }  # fmt: skip
 
 
 def decoding() -> dict[str, float]:
@@ -99,7 +110,7 @@ def decoding() -> dict[str, float]:
 
 
 def peak(absorbed: bool) -> dict[str, float]:
-    """Bytes at most over those of the model alone, while absorbing or in a plain forward of one block at a time."""
+    """The most bytes that are resident while absorbing, or in a plain forward."""
     import torch
 
     from blockkit.backends.pytorch import absorb
@@ -109,7 +120,6 @@ def peak(absorbed: bool) -> dict[str, float]:
     with torch.no_grad():
         model(ids[:, :20], use_cache=False, logits_to_keep=1)
         absorb(model, context[:, :20], query)  # what is traced and imported once
-    before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     with torch.no_grad():
         if absorbed:
@@ -117,7 +127,7 @@ def peak(absorbed: bool) -> dict[str, float]:
         else:
             model(ids, use_cache=False, logits_to_keep=1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"weights": weights, "resident": before, "peak": _status("VmHWM")}
+    return {"weights": weights, "peak": _status("VmHWM")}
 
 
 def _status(name: str) -> int:
@@ -132,7 +142,7 @@ def alone(part: str) -> Any:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
+    if sys.argv[1:] not in ([], ["--write"]):
         parts = {
             "absorbing": absorbing,
             "decoding": decoding,
@@ -146,17 +156,23 @@ def main() -> None:
         ("absorb, last token", speed["absorb"], "contextual forward", speed["forward"]),
         ("absorb, `matrix`", speed["absorb, matrix"], "contextual forward", speed["forward"]),
         ("absorb, last token", speed["absorb"], "contextual forward, all logits", speed["forward with all logits"]),
+        ("query alone, a plain run", speed["query alone"], "contextual forward", speed["forward"]),
         ("growth step", steps["growth step"], "plain cached step", steps["step"]),
         ("patched step, factored", steps["patched step"], "plain cached step", steps["step"]),
     ]
-    print("| what | seconds | against | seconds | ratio |\n|---|---|---|---|---|")
-    for what, mine, other, its in rows:
-        print(f"| {what} | {mine:.3f} | {other} | {its:.3f} | {mine / its:.2f} |")
+    lines = ["| what | seconds | against | seconds | ratio |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {what} | {mine:.3f} | {other} | {its:.3f} | {mine / its:.2f} |" for what, mine, other, its in rows]
     ratio = absorbed["peak"] / forward["peak"]
-    print(
-        f"\nPeak memory of absorbing: {absorbed['peak'] / 1e9:.2f} GB, of a plain contextual forward "
-        f"{forward['peak'] / 1e9:.2f} GB: ratio {ratio:.2f}; weights {absorbed['weights'] / 1e9:.2f} GB."
-    )
+    lines += [
+        "",
+        f"Peak memory of absorbing: {absorbed['peak'] / 1e9:.2f} GB, of a plain contextual forward "
+        f"{forward['peak'] / 1e9:.2f} GB: ratio {ratio:.2f}; weights {absorbed['weights'] / 1e9:.2f} GB.",
+    ]
+    table = "\n".join(lines)
+    print(table)
+    if "--write" in sys.argv:
+        before, rest = README.read_text(encoding="utf-8").split(START)
+        README.write_text(f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

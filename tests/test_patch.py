@@ -87,7 +87,9 @@ def rewritten(path: Path, facts: Mapping[str, Any], drop: tuple[str, ...] = (), 
     with safe_open(path, framework="np") as file:
         header = dict(file.metadata())
     found = {k: v for k, v in {**json.loads(header["patch"]), **facts}.items() if k not in drop}
-    save_file({**load_file(path), **tensors}, path, {**header, "patch": json.dumps(found)})
+    if tensors:
+        del header["sha256"]  # which older files have not
+    save_file(tensors or load_file(path), path, {**header, "patch": json.dumps(found)})
     return Patch.load(path)
 
 
@@ -125,6 +127,26 @@ def test_damaged_facts_are_refused(name: str, tmp_path: Path) -> None:
     batched().save(tmp_path / "p")
     with pytest.raises(BadInput, match="damaged"):
         rewritten(tmp_path / "p", DAMAGED[name])
+
+
+def test_a_number_that_was_not_written_is_noticed(tmp_path: Path) -> None:
+    batched().save(tmp_path / "p")
+    content = bytearray((tmp_path / "p").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "p").write_bytes(content)
+    with pytest.raises(BadInput, match=r"damaged \(the numbers are not those that were written"):
+        Patch.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_parameter_may_be_called_each(per_token: bool, tmp_path: Path) -> None:
+    change = MatrixChange(np.ones((6, 2), np.float32), np.ones((6, 3), np.float32), per_token)
+    patch = replace(batched(), changes={"blocks.0.each": change}, batch=1, padding=(), transposed=(), tensors=None,
+                    positions=(), tokens="each" if per_token else "all")  # fmt: skip
+    patch.save(tmp_path / "p")
+    assert [(slot, c.per_token) for slot, c in Patch.load(tmp_path / "p").changes.items()] == [
+        ("blocks.0.each", per_token)
+    ]
 
 
 def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:

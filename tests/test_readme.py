@@ -59,3 +59,4 @@ def test_the_tables_are_what_the_code_says(name: str) -> None:
 def test_no_placeholder_is_left() -> None:
     assert "FIGURES" not in TEXT.replace("make figures", "")
     assert "BENCH" not in TEXT
+    assert not re.search(r"<!-- ([\w-]+) -->\s*<!-- /\1 -->", TEXT), "a table that `make` writes is not there"

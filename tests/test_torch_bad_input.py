@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,13 @@ PROMPTS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "decoder list": (CONTEXT, QUERY, {"decoder_input_ids": [1]}, r"decoder_input_ids must be a tensor of ids"),
     "decoder row": (CONTEXT, QUERY, {"decoder_input_ids": CONTEXT[0]}, r"got a tensor \[8\] of int64 on cpu"),
     "decoder rows": (CONTEXT, QUERY, {"decoder_input_ids": CONTEXT.repeat(2, 1)}, "2 sequences and the query 1"),
+    "decoder": (CONTEXT, QUERY, {"decoder_input_ids": CONTEXT}, "LanguageModel.forward takes no decoder_input_ids"),
+    "mask of halves": (CONTEXT, QUERY, {"query_mask": torch.full((1, 3), 0.5)}, "the query's mask holds other numbers"),
+    "mask of nothing": (CONTEXT, QUERY, {"query_mask": torch.full((1, 3), math.nan)}, "mask holds other numbers"),
+    "a gap": (
+        CONTEXT, QUERY, {"retain": [1], "query_mask": torch.tensor([[0, 1, 1]])},
+        "padding between retained context and query cannot be told",
+    ),
     "retain twice": (CONTEXT, QUERY, {"retain": [2, 2]}, "retain must be places in the context, from 0 to 7"),
     "retain all": (CONTEXT, QUERY, {"retain": slice(None)}, "the whole context is retained"),
     "merge each": (CONTEXT, QUERY, {"tokens": "each", "merge": True}, "cannot be merged; leave merge=False"),

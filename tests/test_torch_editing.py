@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,10 +179,10 @@ def test_values_for_each_token_or_each_prompt(family: str, rows: int) -> None:
     patch, plain = patch_for(model, slots, rows=rows), logits(model)
     with patch.applied(model, merge=False):
         found = logits(model).flatten(0, 1)
-        with pytest.raises(BadInput, match=rf"{rows} rows.*this run has 3|2 prompts of 5 tokens.*run on .1, 3."):
+        with pytest.raises(BadInput, match=rf"{rows} rows.*this run has 3|2 prompt.s. of 5 token.s. .*run on .1, 3."):
             logits(model, IDS[:1, :3])
         if rows == 10 and family != "gpt2":  # whose rows are folded before the matrix is read
-            with pytest.raises(BadInput, match=r"2 prompts of 5 tokens.*run on \[1, 10\]"):
+            with pytest.raises(BadInput, match=r"2 prompt\(s\) of 5 token\(s\).*run on \[1, 10\]"):
                 logits(model, IDS.reshape(1, 10))
     for token in range(10):
         wanted = logits(edited(model, patch, row=token if rows == 10 else token // 5)).flatten(0, 1)[token]
@@ -324,16 +326,16 @@ def test_failing_in_the_middle_leaves_no_trace(
     fails_at: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = gpt2()
-    before, patch, calls, write = hashes(model), patch_for(model, FAMILIES["gpt2"][1]), [], editing._write
+    before, patch, calls, put = hashes(model), patch_for(model, FAMILIES["gpt2"][1]), [], editing._put
 
     def failing(place: Tensor, value: Tensor) -> None:
         calls.append(place)
-        if len(calls) == fails_at:
-            place.view(-1)[0] = 7  # half a copy
+        if len(calls) != fails_at:
+            put(place, value)
+        else:
             raise error
-        write(place, value)
 
-    monkeypatch.setattr(editing, "_write", failing)
+    monkeypatch.setattr(editing, "_put", failing)
     with pytest.raises(error):
         patch.apply(model)
     assert hashes(model) == before
@@ -356,15 +358,42 @@ def test_weights_that_were_cast_meanwhile_are_not_restored_silently() -> None:
     patch = patch_for(model, {DOWN: ""})
     patch.apply(model)
     model.bfloat16()
-    with pytest.raises(BadInput, match="cannot be restored"):
+    with pytest.raises(BadInput, match=r"float32 on cpu when the patch was put on, .* bring it back \(.to\)"):
         patch.remove(model)
 
 
-def test_nothing_is_left_in_the_state_dict_or_in_memory() -> None:
+def test_memory_that_is_read_only_is_not_written_into(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    np.save(tmp_path / "weight.npy", model[0].weight.detach().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of just this
+        model[0].weight.data = torch.from_numpy(np.load(tmp_path / "weight.npy", mmap_mode="r"))
+    before, patch = hashes(model), patch_for(model, {"0.weight": ""})
+    with patch.applied(model, merge=True):
+        assert hashes(model) != before
+    assert hashes(model) == before
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_copy_made_meanwhile_is_patched_and_can_be_freed(merge: bool) -> None:
+    model = llama()
+    patch = patch_for(model, FAMILIES["llama"][1])
+    before, plain = hashes(model), model(IDS).logits
+    with patch.applied(model, merge=merge):
+        copied, wanted = copy.deepcopy(model), model(IDS).logits
+    assert torch.equal(copied(IDS).logits, wanted) and hashes(model) == before
+    if not merge:
+        patch.remove(copied)
+        assert torch.equal(copied(IDS).logits, plain)
+        assert [h for _, h in hashes(copied).values()] == [h for _, h in before.values()]
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_nothing_is_left_in_the_state_dict_or_in_memory(merge: bool) -> None:
     model = llama()
     keys = list(model.state_dict())
     patch = patch_for(model, FAMILIES["llama"][1])
-    patch.apply(model, merge=False)
+    patch.apply(model, merge=merge)
     assert list(model.state_dict()) == keys
     model_count = len(editing._APPLIED)
     del model

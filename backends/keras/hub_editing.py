@@ -64,14 +64,14 @@ def apply(patch: Patch, model: Any, merge: bool) -> Receipt:
         raise BadInput("a KerasHub model has no place for factors beside its weights; apply the patch with merge=True")
     patch.require_mergeable()
     stored = variables(model)
-    _insist_fits(patch, model, stored)
+    check(patch, model)
     originals = tuple((stored[name].variable, host(stored[name].variable)) for name in patch.changes)
     try:
         changed = [_merge(name, stored[name], change) for name, change in patch.changes.items()]
+        _applied.setdefault(model, []).append(_Applied(patch, originals))
     except BaseException:
         _put_back(originals)
         raise
-    _applied.setdefault(model, []).append(_Applied(patch, originals))
     return Receipt(tuple(changed), patch.validity)
 
 
@@ -99,7 +99,13 @@ def _put_back(originals: Iterable[tuple[Any, np.ndarray]]) -> None:
         variable.assign(value)
 
 
-def _insist_fits(patch: Patch, model: Any, stored: Mapping[str, Stored]) -> None:
+def check(patch: Patch, model: Any) -> None:
+    """Refuses a model for which the patch was not made; see `InPlace.check`.
+
+    Raises:
+        BadInput: its class, a variable's name or shape, or the weights that change differ.
+    """
+    stored = variables(model)
     mine, its = patch.made_for.get("architecture"), type(model.backbone).__name__
     if mine != its:
         raise BadInput(f"the patch was made for {mine}, this model ({model.name}) is a {its}")

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockkit.algorithm import LOOSEST
 from blockkit.errors import BadInput, BlockkitError, ExactnessLost, blamed
 from blockkit.lockstep import EPS
 from blockkit.metrics import Comparison, compare
 from blockkit.patch import Patch
+from blockkit.proof import require_exact
 from blockkit.request import MODES
 
 from .arguments import Retained, decoder_ids, globs, keywords, places
 from .calling import Interface, logits_of
 from .editing import fingerprint
-from .lockstep import Solver, Task, plans
+from .lockstep import NeverRead, Solver, Task, plans
 from .observe import Chosen
 from .patch import TorchPatch
-from .prompts import Prompt, joined, require_ready
+from .prompts import Prompt, joined, require_fitting, require_ready
+from .sole import sole_use
 from .traced import Traced, trace
 from .watching import Finished, Rows, Seen, Watcher
 
@@ -36,12 +38,14 @@ class Runs:
     Attributes:
         contextual: everything.
         reduced: what stays; its last tokens are the query's.
+        query: how many tokens the query has.
         served: how many of the last tokens are to be exact.
         more: further arguments of the contextual call, and of the reduced one.
     """
 
     contextual: Prompt
     reduced: Prompt
+    query: int
     served: int
     more: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
 
@@ -98,15 +102,30 @@ def absorb(
     joined(model, context, query, masks)  # what does not fit is refused before anything runs
     kept, held = places(retain, int(context.shape[1])), globs(freeze)
     both = keywords("inputs", inputs)
-    own = {**both, **decoder_ids(decoder_input_ids, len(query))}
+    decoder = decoder_ids(decoder_input_ids, len(query))
+    if decoder:
+        if "decoder_input_ids" not in interface.takes:
+            raise BadInput(f"{type(model).__name__}.forward takes no decoder_input_ids: it is no encoder-decoder model")
+        require_fitting(model, "decoder_input_ids", decoder_input_ids)
+    own = {**both, **decoder}
     more = {**own, **keywords("context_inputs", context_inputs)}, own
     traced = trace(model, (_of_one(both, len(query)) or None) if example is None else example)
     runs = _runs(model, context, query, kept, masks, tokens, more, traced.first)
     task = _task(runs, strategy, tokens, merge, held)
     capacity = None if task.per_row else runs.reduced.batch * runs.served
+    while True:
+        try:
+            return _absorbed(model, interface, traced, runs, task, tokens, capacity)
+        except NeverRead as error:  # then another parameter has to do
+            task = replace(task, frozen=(*task.frozen, error.parameter))
+
+
+def _absorbed(
+    model: nn.Module, interface: Interface, traced: Traced, runs: Runs, task: Task, tokens: str, capacity: int | None
+) -> TorchPatch:
     traced, chosen = plans(traced, task, capacity)
     rows = Rows(runs.reduced.batch, runs.served)
-    with torch.no_grad():
+    with torch.no_grad(), sole_use(model):
         wanted, target = contextual_run(model, interface, traced, chosen, runs, rows)
         solver = Solver(
             model, traced, rows, chosen, task=task, target=target, capacity=capacity,
@@ -115,12 +134,13 @@ def absorb(
         with suppress(Finished), solver.watching():
             call(model, interface, runs.reduced, rows.tokens, runs.more[1])
         solver.require_all()
-        patch = absorbed_patch(model, interface, task, solver, tokens, int(context.shape[1]), runs.reduced)
+        before = runs.contextual.length - runs.query
+        patch = absorbed_patch(model, interface, task, solver, tokens, before, runs.reduced)
         with patch.applied(model):
             own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
-    measured = compare(_real(own, runs), _real(wanted, runs))
-    _insist(measured, wanted, model_dtype(model))
-    return replace(patch, measured={k: getattr(measured, k) for k in ("linf", "tvd", "top1_agree")})
+        measured = compare(_real(own, runs), _real(wanted, runs))
+        _insist(measured, model, interface, runs, wanted)
+    return replace(patch, measured=asdict(measured))
 
 
 def contextual_run(
@@ -142,7 +162,7 @@ def call(model: nn.Module, interface: Interface, prompt: Prompt, keep: int, more
     args, kwargs = interface.inputs(prompt.value, **prompt.options(logits_to_keep=keep))
     try:
         result = model(*args, **{**kwargs, **more})
-    except (BlockkitError, Finished):
+    except (BlockkitError, Finished, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         given = "embeddings" if prompt.value.is_floating_point() else "ids"
@@ -162,13 +182,17 @@ def _runs(
     n, q = int(context.shape[1]), int(query.shape[1])
     device = whole.value.device
     reduced = whole.kept(torch.cat([kept.to(device), torch.arange(n, n + q, device=device)]))
+    if reduced.mask is not None and bool((reduced.mask.diff(dim=1) < 0).any()):
+        raise BadInput(
+            "padding between retained context and query cannot be told by a patch; absorb prompts of one length"
+        )
     if len(kept) and reduced.mask is None:  # without it, a jump in positions may pass for another sequence
         reduced = replace(reduced, mask=torch.ones_like(reduced.positions))
     if not query.is_floating_point() and whole.value.is_floating_point() and not len(kept):
         reduced = replace(reduced, value=query)  # the ordinary call of the edited model reads ids
     decoder = more[1].get("decoder_input_ids")
     length = q if decoder is None else int(decoder.shape[1])
-    return Runs(whole, reduced, 1 if tokens == "last" else length, more)
+    return Runs(whole, reduced, q, 1 if tokens == "last" else length, more)
 
 
 def _of_one(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
@@ -243,21 +267,34 @@ def _real(logits: Tensor, runs: Runs) -> np.ndarray:
 
 
 def model_dtype(model: nn.Module) -> str:
-    """The dtype in which the model computes: of its widest matrices' parameters, the first."""
-    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    name = str(found).removeprefix("torch.")
+    """The dtype in which the model computes: that of most of its numbers."""
+    counts: Counter[torch.dtype] = Counter({torch.float32: 0})
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    name = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     if name not in EPS:
         raise BadInput(f"the model's parameters are {name}; allowed are {', '.join(EPS)}")
     return name
 
 
-def _insist(measured: Comparison, wanted: Tensor, dtype: str) -> None:
-    scale = float(wanted.abs().max())
-    if not measured.linf <= LOOSEST[dtype] * scale:
-        raise ExactnessLost(
-            f"the edited model's own run is {measured.linf:.3g} away from the contextual logits (which reach "
-            f"{scale:.3g}): the plan is ill-conditioned here in {dtype}; choose another strategy or dtype"
-        )
+def _insist(measured: Comparison, model: nn.Module, interface: Interface, runs: Runs, wanted: Tensor) -> None:
+    """Refuses a patch that its own run does not prove; says so if no run could."""
+
+    def off(prompt: Prompt, more: Mapping[str, Any]) -> float:
+        with torch.no_grad():
+            found = call(model, interface, prompt, wanted.shape[1], more)
+        return compare(_real(found, runs), _real(wanted, runs)).linf
+
+    try:
+        require_exact(measured, _real(wanted, runs), model_dtype(model), lambda: off(runs.reduced, runs.more[1]))
+    except ExactnessLost:
+        if again := off(runs.contextual, runs.more[0]):
+            raise ExactnessLost(
+                f"two runs of {type(model).__name__} on the same input differ by {again:.3g}, so nothing can be exact "
+                f"(the patched one by {measured.linf:.3g}): it draws at random, or remembers earlier runs"
+            ) from None
+        raise
 
 
 __all__ = ["Patch", "absorb"]

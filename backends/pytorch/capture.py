@@ -329,8 +329,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors among nested arguments."""
-    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]

@@ -23,8 +23,9 @@ from blockkit.overlay import Change, MatrixChange
 from blockkit.patch import Patch
 
 from .changes import PIECE, Factors, changed_result, merged_value
-from .parameters import Event, Intercepted, intercept
+from .parameters import Event, Intercepted, intercept, uncover
 from .slots import Slot, find, named, require_fit, require_plain, require_untied, tied_with
+from .sole import sole_use
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Applied:
     """A patch that lies on a model, and how it is taken off."""
 
     patch: Patch
-    restore: Callable[[], None]
+    restore: Callable[[nn.Module], None]
 
 
 WORDS = 4096  # of the weights that are hashed at a time
@@ -47,7 +48,7 @@ def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
     Returns:
         `architecture`: the class, and a hash of all parameters' names, shapes and dtypes;
-        `weights`: a hash of the slots' bytes, and of the changes kept beside them.
+        `weights`: a hash of sums over the slots' words, and of the changes kept beside them.
 
     Raises:
         BadInput: a slot does not exist, or its numbers are not there.
@@ -74,14 +75,19 @@ def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _hash(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Adds the tensor's bytes: sums of its words by their place modulo `WORDS`, which no single change leaves alone.
+    """Adds two sums of the tensor's words by their place modulo `WORDS`, one of them weighted by the row of the place.
 
-    That is read at the speed of memory, so that a patch of a large model costs no more than a look at its weights.
+    No single change and no exchange of rows leaves both alone. Either is read at the speed of memory, so that a patch
+    of a large model costs no more than a look at its weights.
     """
     flat = tensor.contiguous().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
     rest = len(flat) % WORDS
-    sums = flat[: len(flat) - rest].reshape(-1, WORDS).sum(0, dtype=torch.int64)
-    digest.update(sums.cpu().numpy().tobytes())
+    rows = flat[: len(flat) - rest].reshape(-1, WORDS)
+    for start in range(0, len(rows), PIECE // WORDS):
+        piece = rows[start : start + PIECE // WORDS].to(torch.int64)
+        places = torch.arange(start, start + len(piece), device=piece.device)[:, None]
+        both = torch.stack([piece.sum(0), (piece * places).sum(0)])
+        digest.update(both.cpu().numpy().tobytes())
     digest.update(flat[len(flat) - rest :].cpu().numpy().tobytes())
 
 
@@ -140,7 +146,7 @@ def apply(patch: Patch, model: nn.Module, merge: bool) -> Receipt:
             "use merge=False, which keeps them beside the weights"
         )
     slots = check(patch, model)
-    with torch.inference_mode(False), torch.no_grad():
+    with sole_use(model), torch.inference_mode(False), torch.no_grad():
         return _merge(patch, model, slots) if merge else _put_beside(patch, model, slots)
 
 
@@ -151,16 +157,28 @@ def remove(patch: Patch, model: nn.Module) -> None:
         BadInput: the patch is not on the model, another one lies above it, or a changed parameter has been
             exchanged for one of another shape or dtype since.
     """
-    stack = _APPLIED.get(model, [])
+    stack = _APPLIED.get(model) or _carried(model)
     place = next((i for i, applied in enumerate(stack) if _same(applied.patch, patch)), None)
     if place is None:
         raise BadInput(f"{_said(patch)} is not on this {type(model).__name__}")
     if place < len(stack) - 1:
         above = ", then ".join(_said(applied.patch) for applied in reversed(stack[place + 1 :]))
         raise BadInput(f"{_said(patch)} lies under others on this {type(model).__name__}; remove first {above}")
-    with torch.inference_mode(False), torch.no_grad():
-        stack[-1].restore()
+    with sole_use(model), torch.inference_mode(False), torch.no_grad():
+        stack[-1].restore(model)
     stack.pop()
+
+
+def _carried(model: nn.Module) -> list[Applied]:
+    """The patches that a copied model carries beside its parameters, in the order in which they lie."""
+    found: dict[int, Factored] = {}
+    for parameter in named(model).values():
+        layers = []
+        while isinstance(parameter, Intercepted):
+            layers.append(parameter.handler)
+            parameter = parameter.plain
+        found.update({id(h): h for h in reversed(layers) if isinstance(h, Factored)})
+    return [Applied(h.patch, lambda model, h=h: uncover(model, h)) for h in found.values()]  # type: ignore[misc]
 
 
 def _same(one: Patch, other: Patch) -> bool:
@@ -214,40 +232,61 @@ def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt
                 f"{slot.parameter} was made in torch.inference_mode() and is read-only; use merge=False, or load the "
                 "model outside of it"
             )
-    originals = {name: slot.tensor.clone() for name, slot in slots.items()}
-    rows = []
+    values = {name: _finite(name, slot, patch) for name, slot in slots.items()}
+    originals = {slot.parameter: slot.whole.data for slot in slots.values()}
     try:
-        for name, slot in slots.items():
-            change = patch.changes[name]
-            value = merged_value(slot.tensor, change, name in patch.transposed)
-            if not value.isfinite().all():
-                raise BadInput(f"{name} does not hold the change: {value.dtype} overflows; use merge=False")
-            _write(slot.tensor, value)
-            rows.append(_row(slot, change, "merged", _difference(slot.tensor, value)))
-        _APPLIED.setdefault(model, []).append(Applied(patch, lambda: _restore(model, originals)))
+        for parameter in originals:
+            _put(_one(slots, parameter).whole, _whole(slots, parameter, values))
+        rows = [_row(s, patch.changes[n], "merged", _difference(s.tensor, values[n])) for n, s in slots.items()]
+        _APPLIED.setdefault(model, []).append(Applied(patch, lambda model: _restore(model, originals)))
     except BaseException:
-        for name, original in originals.items():
-            _write(slots[name].tensor, original)
+        for parameter, original in originals.items():
+            _put(_one(slots, parameter).whole, original)
         raise
     return Receipt(tuple(rows), patch.validity)
+
+
+def _finite(name: str, slot: Slot, patch: Patch) -> Tensor:
+    value = merged_value(slot.tensor, patch.changes[name], name in patch.transposed)
+    if not value.isfinite().all():
+        raise BadInput(f"{name} does not hold the change: {value.dtype} overflows; use merge=False")
+    return value
+
+
+def _one(slots: Mapping[str, Slot], parameter: str) -> Slot:
+    """A slot of the parameter: all of them hold the same tensor."""
+    return next(slot for slot in slots.values() if slot.parameter == parameter)
+
+
+def _whole(slots: Mapping[str, Slot], parameter: str, values: Mapping[str, Tensor]) -> Tensor:
+    """The parameter's new numbers: the slot's own, or the stack with its changed slices."""
+    mine = {name: slot for name, slot in slots.items() if slot.parameter == parameter}
+    first = next(iter(mine))
+    if mine[first].index is None:
+        return values[first]
+    stack = mine[first].whole.detach().clone()
+    for name, slot in mine.items():
+        stack[slot.index] = values[name]
+    return stack
 
 
 def _restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
     slots = find(model, originals)
     for name, original in originals.items():
         found = slots[name].tensor
-        if (found.shape, found.dtype) != (original.shape, original.dtype):
+        if (found.shape, found.dtype, found.device) != (original.shape, original.dtype, original.device):
             raise BadInput(
-                f"{name} was {list(original.shape)} {original.dtype} when the patch was put on, and is "
-                f"{list(found.shape)} {found.dtype} now; it cannot be restored"
+                f"{name} was {list(original.shape)} {original.dtype} on {original.device} when the patch was put on, "
+                f"and is {list(found.shape)} {found.dtype} on {found.device} now; bring it back (.to), then remove the "
+                "patch"
             )
     for name, original in originals.items():
-        _write(slots[name].tensor, original)
+        _put(slots[name].whole, original)
 
 
-def _write(place: Tensor, value: Tensor) -> None:
-    """Copies the value where the parameter's numbers are."""
-    place.copy_(value)
+def _put(parameter: Tensor, value: Tensor) -> None:
+    """Gives the parameter other numbers; the memory of those it had is left as it is (it may be read-only)."""
+    parameter.data = value
 
 
 def _difference(found: Tensor, meant: Tensor) -> float:
@@ -299,11 +338,16 @@ class Factored:
     def _require_query(self, event: Event, beside: Mapping[str, Change]) -> None:
         """Refuses other prompts with as many tokens in all: rows would be mistaken for one another."""
         batch, tokens = self.patch.batch, len(self.patch.query) // self.patch.batch
-        own_rows = any(change.per_token and len(_parts(change)[0]) == batch * tokens for change in beside.values())
-        if own_rows and event.output.dim() > 2 and batch > 1 and tuple(event.output.shape[:2]) != (batch, tokens):
+        own = any(change.per_token for change in beside.values())
+        if not own or event.output.dim() < 3:
+            return
+        each = any(len(_parts(change)[0]) == batch * tokens for change in beside.values())
+        ran = tuple(event.output.shape[:2])
+        fits = ran in ((batch, tokens), (tokens, batch) if batch == 1 else ()) if each else ran[0] == batch
+        if not fits:
             raise BadInput(
-                f"the patch holds values for {batch} prompts of {tokens} tokens each ({_some(beside)}), "
-                f"and the model was run on {list(event.output.shape[:2])}"
+                f"the patch holds values for {batch} prompt(s) of {tokens} token(s) each ({_some(beside)}), "
+                f"and the model was run on {list(ran)}"
             )
 
     def _stack(self, parameter: Tensor, own: Mapping[int | None, Slot]) -> Tensor:
@@ -333,7 +377,7 @@ def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Re
             if getattr(found[name], "handler", None) is not handler:
                 raise BadInput(f"{name} cannot be intercepted: its module gives another tensor back")
         rows = tuple(_row(slot, patch.changes[name], "factored", 0.0) for name, slot in slots.items())
-        _APPLIED.setdefault(model, []).append(Applied(patch, restore))
+        _APPLIED.setdefault(model, []).append(Applied(patch, lambda _: restore()))
     except BaseException:
         restore()
         raise

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockkit.errors import BadInput
 from blockkit.generation import Settings, Static, Step, Yardstick
 from blockkit.metrics import compare
-from blockkit.weights.extras import require
 
 from .absorbing import call
 from .calling import Interface
+from .checkpoint import load_model
 from .decoding import Decoder, Sampling, can_cache
 from .generation import Generation, generate, logit_rows
 from .prompts import joined
@@ -31,19 +30,7 @@ def opened(folder: Path, ids: list[int], settings: Settings) -> TransformersExpe
         BadInput: the folder cannot be loaded, or the prompt does not fit the model.
         MissingDependency: `transformers` is not installed.
     """
-    return TransformersExperiment(_loaded(folder, settings.dtype), ids, settings)
-
-
-def _loaded(folder: Path, dtype: str) -> nn.Module:
-    transformers = require("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise BadInput(f"transformers cannot load a causal language model from {folder}: {error}") from None
-    return model.eval()
+    return TransformersExperiment(load_model(folder, settings.dtype), ids, settings)
 
 
 class TransformersExperiment:

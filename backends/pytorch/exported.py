@@ -19,8 +19,53 @@ from torch.export.graph_signature import InputKind
 from blockkit.errors import BadInput, blamed
 
 from .calling import leaves
-from .capture import Call, replaced
-from .sealed import program, seal
+from .capture import Call, at
+from .rows import close
+from .sealed import filled, program, seal
+from .single import SinglePrecision
+
+
+@dataclass(frozen=True, eq=False)
+class Twin:
+    """A block's copy with random numbers, and a call of it.
+
+    Attributes:
+        state: its parameters and buffers, by name in the block.
+        results: what it gives as the stream, for its own and for one that is `LOUD` times as large.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: Mapping[str, Tensor]
+    results: tuple[Tensor | None, ...] = ()
+
+    def serves(self, call: Call) -> bool:
+        """Whether the block of another call, with these numbers, does the same (it may heed its own place)."""
+        for wanted, found in zip(self.results, _streams(call, self), strict=True):
+            if wanted is None or found is None or not close(found, wanted, 1e-5):
+                return False
+        return True
+
+
+LOUD = 100.0  # so large a stream meets limits that an ordinary one does not
+
+
+def _streams(call: Call, twin: Twin) -> tuple[Tensor | None, ...]:
+    """What the block of `call` gives for the twin's numbers and tensors; None if it does not run on them."""
+    return tuple(_stream(call, twin, size) for size in (1.0, LOUD))
+
+
+def _stream(call: Call, twin: Twin, size: float) -> Tensor | None:
+    own = twin.args[call.stream] if isinstance(call.stream, int) else twin.kwargs[call.stream]
+    given = [v for v in leaves((twin.args, twin.kwargs)) if isinstance(v, Tensor)]
+    try:
+        args, kwargs = filled((call.args, call.kwargs), iter([v * size if v is own else v for v in given]))
+        with torch.no_grad(), SinglePrecision():
+            found = torch.func.functional_call(call.module, dict(twin.state), args, kwargs, tie_weights=False)
+        return at(found, call.result).detach()
+    except Exception:
+        return None
 
 
 @dataclass(frozen=True)
@@ -39,9 +84,10 @@ class Exported:
         memory: nodes of other sequences that the block reads (an encoder's result).
         output: the node that is the stream after the block.
         tokens: how many there are.
+        dtype: in which the block itself computes; the copy does so in float32.
     """
 
-    twin: nn.Module
+    twin: Twin
     nodes: tuple[fx.Node, ...]
     values: dict[fx.Node, Any]
     parameters: Mapping[fx.Node, str]
@@ -52,6 +98,7 @@ class Exported:
     memory: frozenset[fx.Node]
     output: fx.Node
     tokens: int
+    dtype: torch.dtype
 
     def replay(self, nodes: Iterable[fx.Node], given: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """The values of `nodes` (in order) when some others have the values in `given`."""
@@ -73,22 +120,21 @@ def export(call: Call, tokens: int) -> Exported:
     Raises:
         BadInput: `torch.export` cannot trace the block; the message says why.
     """
-    rng = torch.Generator().manual_seed(0)
-    twin, args, kwargs = _twin(call, rng)
+    twin = _twin(call, torch.Generator().manual_seed(0))
     try:
-        exported = program(twin, args, kwargs)
+        exported = program(twin.module, twin.args, twin.kwargs)
     except Exception as error:
         try:
-            if not seal(twin, args, kwargs):
+            if not seal(twin.module, twin.args, twin.kwargs):
                 raise error
-            exported = program(twin, args, kwargs)
+            exported = program(twin.module, twin.args, twin.kwargs)
         except Exception:
             where = call.path or type(call.module).__name__
             raise BadInput(f"the block {where} cannot be traced by torch.export: {blamed(error)}") from error
-    return _with_values(exported, call, twin, args, kwargs, tokens)
+    return _with_values(exported, call, twin, tokens)
 
 
-def _twin(call: Call, rng: torch.Generator) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _twin(call: Call, rng: torch.Generator) -> Twin:
     """A copy of the block with random numbers, and arguments for it."""
     where = call.path or type(call.module).__name__
     try:
@@ -103,9 +149,14 @@ def _twin(call: Call, rng: torch.Generator) -> tuple[nn.Module, tuple[Any, ...],
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 part._buffers[name] = buffer.float()
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor):
+                setattr(part, name, _plain(value))
     stream = torch.randn(call.value.shape, generator=rng)
     args, kwargs = call.called_with(stream)
-    return module.eval(), tuple(_plain(a) for a in args), {k: _plain(v) for k, v in kwargs.items()}
+    held = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    twin = Twin(module.eval(), tuple(map(_plain, args)), {k: _plain(v) for k, v in kwargs.items()}, dict(held))
+    return replace(twin, results=_streams(replace(call, module=twin.module), twin))
 
 
 def _on_meta(module: nn.Module) -> bool:
@@ -133,9 +184,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _with_values(
-    exported: Any, call: Call, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
-) -> Exported:
+def _with_values(exported: Any, call: Call, twin: Twin, tokens: int) -> Exported:
+    args, kwargs = twin.args, twin.kwargs
     stored: dict[str, Any] = {**exported.state_dict, **exported.constants}
     values: dict[fx.Node, Any] = {}
     parameters: dict[fx.Node, str] = {}
@@ -166,7 +216,8 @@ def _with_values(
     gets = [n for n in nodes if n.op == "get_attr"]
     values.update({n: getattr(exported.graph_module, n.target) for n in gets})
     others = frozenset(given) - memory - own - {stream}
-    found = Exported(twin, calls, values, parameters, named, others, own, stream, memory, stream, tokens)
+    dtype = call.value.dtype
+    found = Exported(twin, calls, values, parameters, named, others, own, stream, memory, stream, tokens, dtype)
     values.update(found.replay(calls, {}))
     return replace(found, output=_result(exported, call, nodes))
 
@@ -188,4 +239,4 @@ def _result(program: Any, call: Call, nodes: list[fx.Node]) -> fx.Node:
     raise BadInput(f"the block {call.path}: its exported program does not give the residual stream")
 
 
-__all__ = ["Exported", "export", "replaced"]
+__all__ = ["Exported", "export"]

@@ -10,16 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockkit.algorithm import LOOSEST
 from blockkit.errors import BadInput, ExactnessLost
 from blockkit.metrics import Comparison, compare
+from blockkit.proof import require_exact
 
 from .absorbing import absorbed_patch, call, model_dtype, originals
 from .arguments import require_whole, stops
@@ -267,13 +267,13 @@ class _Run:
         own = logit_rows(self._proved(patch, seen, seen.length))
         self.generation.measured = measured = compare(own, wanted)
         self.generation.static_ids = tuple(int(i) for i in own.argmax(-1))
-        scale = float(np.abs(wanted).max())
-        if not measured.linf <= LOOSEST[self.dtype] * scale:
+        try:
+            require_exact(measured, wanted, self.dtype)
+        except ExactnessLost as error:
             raise ExactnessLost(
-                f"one run of the finished static weights is {measured.linf:.3g} away from the contextual logits (which "
-                f"reach {scale:.3g}) in {self.dtype}: too many tokens read nearly the same; use tokens='each'"
-            )
-        self.generation.patch = replace(patch, measured=_facts(measured))
+                f"one run of the finished static weights: {error}, or tokens='each' (too many tokens may read the same)"
+            ) from None
+        self.generation.patch = replace(patch, measured=asdict(measured))
         self.generation.amplification = max((g.amplification for g in grower.grown.values()), default=1.0)
 
     def _again(self, seen: Prompt) -> Tensor:
@@ -303,20 +303,16 @@ class _Run:
         )  # fmt: skip
 
     def _patch(self, task: Task, solver: Solver, tokens: str, prompt: Prompt) -> TorchPatch:
-        length = int(prompt.positions[0, 0])
+        length = int(prompt.positions[0, 0]) - self.traced.first
         return absorbed_patch(self.model, self.interface, task, solver, tokens, length, prompt)
 
     def _token(self, logits: Tensor, own: Tensor | None, seconds: tuple[float, float, float]) -> Token:
         measured = compare(logit_rows(own), logit_rows(logits)) if own is not None else None
-        scale = float(logits.abs().max())
-        if measured is not None and not measured.linf <= LOOSEST[self.dtype] * scale:
-            raise ExactnessLost(
-                f"the edited model's own run is {measured.linf:.3g} away from the contextual logits (which reach "
-                f"{scale:.3g}): the plan is ill-conditioned here in {self.dtype}; choose another strategy or dtype"
-            )
+        if measured is not None:
+            require_exact(measured, logit_rows(logits), self.dtype)
         patch = self.generation.patch
         if patch is not None and measured is not None and not patch.measured:
-            self.generation.patch = replace(patch, measured=_facts(measured))
+            self.generation.patch = replace(patch, measured=asdict(measured))
         noise = self.sampling.noise(logits.shape[-1], self.random)
         chosen = self.sampling.choose(logits[0, -1], noise)
         return Token(chosen, self.sampling.choose(own[0, -1], noise) if own is not None else None, measured, seconds)
@@ -329,10 +325,6 @@ class _Run:
 def _together(parts: list[Seen]) -> Seen:
     """What several runs, one after the other, showed of a block."""
     return Seen({name: torch.cat([part.shown[name] for part in parts]) for name in parts[0].shown})
-
-
-def _facts(measured: Comparison) -> dict[str, float]:
-    return {k: getattr(measured, k) for k in ("linf", "tvd", "top1_agree")}
 
 
 def logit_rows(logits: Tensor) -> np.ndarray:

@@ -113,6 +113,18 @@ def _chosen(graph: Graph, taps: tuple[Tap, ...], task: Task, capacity: int | Non
         return error
 
 
+class NeverRead(NotPatchable):
+    """No call of the run that can be watched read a parameter, so that another one has to be chosen.
+
+    Attributes:
+        parameter: its name in the block.
+    """
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
 @dataclass
 class Solver(Watcher):
     """The reduced run: solves for a parameter when it is read.
@@ -134,7 +146,6 @@ class Solver(Watcher):
     dtype: str = "float32"
     stored: Callable[[str], Tensor] = field(default=lambda name: torch.empty(0))
     changes: dict[str, Change] = field(default_factory=dict)
-    residuals: dict[int, float] = field(default_factory=dict)
     using: dict[int, Chosen] = field(default_factory=dict)
     strategies: set[str] = field(default_factory=set)
     stop: bool = True
@@ -172,9 +183,6 @@ class Solver(Watcher):
             self.seen[place] = Seen({STREAM: self.seen[place].shown[STREAM]})
             found = again()
             super().left(place, found, again)
-        output = self.traced.blocks[place].graph.output
-        mine, wanted = self.seen[place].shown[output], self.target[place].shown[output]
-        self.residuals[place] = _apart(mine, wanted, self.task.ignored)
         if self.stop and place == len(self.traced.blocks) - 1:
             raise Finished
         return found
@@ -234,12 +242,12 @@ class Solver(Watcher):
         """Refuses a run in which a parameter of a plan was never read.
 
         Raises:
-            NotPatchable: with its name.
+            NeverRead: with its name.
         """
         for place, chosen in self.using.items():
             for step in chosen.plan.route.steps:
                 if (name := self.traced.blocks[place].full(step.parameter)) not in self.changes:
-                    raise NotPatchable(f"the model's own run never read {name}; freeze it to have another one chosen")
+                    raise NeverRead(step.parameter, f"the model's own run never read {name}")
 
     def _values(self, graph: Graph, seen: Seen) -> Values:
         shown = {n: host(v) for n, v in seen.shown.items() if n in graph.node or n == graph.input}

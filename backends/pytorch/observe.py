@@ -7,16 +7,17 @@ What lies between follows from the graph, on the few rows that are served, witho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from blockkit.arrays import NumpyArrays
 from blockkit.errors import BadInput, NotPatchable
-from blockkit.graph import Graph
+from blockkit.graph import Graph, listed
 from blockkit.layout import Layout
 from blockkit.ops import Add, MatMul, Opaque
-from blockkit.plan import STRATEGIES, Plan, make_plan
+from blockkit.plan import STRATEGIES, Plan, make_plan, refusal
 from blockkit.route import Step
 from blockkit.solve import asks, reads
 
@@ -130,30 +131,33 @@ def choose(
     wanted = (strategy,) if strategy else ("joint", "matrix") if (capacity or 1) > 1 else ("stable",)
     if strategy is not None and strategy not in STRATEGIES:
         raise BadInput(f"unknown strategy {strategy!r}; allowed are {', '.join(STRATEGIES)}")
-    first: NotPatchable | None = None
+    unseen: dict[str, str] = {}
     for late in (False, True) if twice else (False,):
         held: list[str] = list(frozen)
-        while True:
-            limited = graph.restricted(freeze=held) if held else graph
-            try:
-                plan = next(p for s in wanted if (p := _planned(limited, s, capacity, last=s == wanted[-1])))
-            except NotPatchable as error:
-                first = first or error
-                break
-            hidden = [s.parameter for s in plan.route.steps if hidden_from(s, graph, taps, late)]
+        while (plan := _planned(graph.restricted(freeze=held) if held else graph, wanted, capacity)) is not None:
+            hidden = {s.parameter: v for s in plan.route.steps if (v := hidden_from(s, graph, taps, late))}
             if not hidden:
                 return Chosen(plan, taps if late else needed_taps(plan, taps), late)
-            held.append(hidden[0])
-    raise first or NotPatchable("no route")
+            unseen |= hidden
+            held.append(next(iter(hidden)))
+    if unseen:
+        shown = "; ".join(f"{parameter} needs {value}" for parameter, value in unseen.items())
+        raise NotPatchable(
+            f"there are routes, but a run of the model does not show what solving for them takes: {shown}"
+        )
+    limited = graph.restricted(freeze=list(frozen)) if frozen else graph
+    if strategy is not None:
+        make_plan(limited, strategy, capacity)  # says why not
+    held_too = f" ({listed(frozen)} may not move)" if frozen else ""
+    raise NotPatchable(f"{refusal(limited, capacity)}{held_too}")
 
 
-def _planned(graph: Graph, strategy: str, capacity: int | None, last: bool) -> Plan | None:
-    try:
-        return make_plan(graph, strategy, capacity)
-    except NotPatchable:
-        if last:
-            raise
-        return None
+def _planned(graph: Graph, strategies: tuple[str, ...], capacity: int | None) -> Plan | None:
+    """The first of the strategies' plans that there is."""
+    for strategy in strategies:
+        with suppress(NotPatchable):
+            return make_plan(graph, strategy, capacity)
+    return None
 
 
 def needed_taps(plan: Plan, taps: tuple[Tap, ...]) -> tuple[Tap, ...]:

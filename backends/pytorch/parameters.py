@@ -166,9 +166,9 @@ def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     first = args[0] if args else None
     if name in ("__get__", "__set__"):
         if name == "__set__" or func not in _VALUES:
-            return func(_bare(first), *_mapped(args[1:], _bare))
+            return func(bare(first), *_mapped(args[1:], bare))
     elif func in _MAKERS:
-        return func(*_mapped(args, _bare), **_mapped(kwargs, _bare))
+        return func(*_mapped(args, bare), **_mapped(kwargs, bare))
     elif func in _TEMPLATED and len(args) == 2 and isinstance(args[1], Tensor):
         func, rest = _TEMPLATED[func](args[1])
         if not isinstance(first, Intercepted):
@@ -268,14 +268,16 @@ def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     """A call that writes into its first argument (or `out`), as a call that does not, and then the writing."""
     if kwargs.get("out") is not None:
         rest = {k: v for k, v in kwargs.items() if k != "out"}
-        return kwargs["out"].copy_(_derived_or_event(func, args, rest))
+        return kwargs["out"].copy_(bare(_derived_or_event(func, args, rest)))
     target = args[0]
+    if not isinstance(target, Tensor):  # an optimiser, on many parameters at once
+        return func(*_mapped(args, bare), **_mapped(kwargs, bare))
     name = getattr(func, "__name__", str(func))
     if not isinstance(target, Intercepted):
         pure = getattr(Tensor, _AUGMENTED.get(name, name.removesuffix("_")), None)
-        return target.copy_(_derived_or_event(_on_copy(func) if pure in (None, func) else pure, args, kwargs))
+        return target.copy_(bare(_derived_or_event(_on_copy(func) if pure in (None, func) else pure, args, kwargs)))
     if isinstance(target.origin, Root):  # an optimiser, or a checkpoint that is loaded: the parameter itself is meant
-        func(target.plain, *_mapped(args[1:], _bare), **_mapped(kwargs, _bare))
+        func(target.plain, *_mapped(args[1:], bare), **_mapped(kwargs, bare))
         return target
     raise BadInput(
         f"the model changes in place ({name}) what it computed of {', '.join(target.names)}; that cannot be followed"
@@ -336,7 +338,8 @@ def _plain(value: Any, handler: Handler) -> Any:
     return value
 
 
-def _bare(tensor: Any) -> Any:
+def bare(tensor: Any) -> Any:
+    """The tensor itself, under whatever stands in its place."""
     while isinstance(tensor, Intercepted):
         tensor = tensor.plain
     return tensor
@@ -373,9 +376,10 @@ def intercept(model: nn.Module, names: Sequence[str], handler: Handler) -> Calla
     replaced: list[tuple[Any, Any, Tensor]] = []
 
     def restore() -> None:
-        while replaced:
-            holder, key, parameter = replaced.pop()
+        while replaced:  # each is forgotten when it is back, so that what breaks in can be followed by another try
+            holder, key, parameter = replaced[-1]
             holder[key] = parameter
+            replaced.pop()
 
     try:
         for holder, key, parameter in list(_held(model)):
@@ -386,6 +390,13 @@ def intercept(model: nn.Module, names: Sequence[str], handler: Handler) -> Calla
         restore()
         raise
     return restore
+
+
+def uncover(model: nn.Module, handler: Handler) -> None:
+    """Puts the parameters back that stand under a handler, as in a copy of a model that was made meanwhile."""
+    for holder, key, parameter in list(_held(model)):
+        if isinstance(parameter, Intercepted) and parameter.handler is handler:
+            holder[key] = parameter.plain
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
@@ -401,7 +412,7 @@ def _held(model: nn.Module) -> Iterator[tuple[Any, Any, Tensor]]:
 
 def _place(tensor: Tensor) -> Any:
     """Equal for tensors that are the same numbers in the same memory."""
-    plain = _bare(tensor)
+    plain = bare(tensor)
     if plain.is_meta or plain.layout is not torch.strided or not plain.numel() or not plain.data_ptr():
         return id(plain)
     return plain.data_ptr(), tuple(plain.shape), plain.stride(), plain.dtype

@@ -61,7 +61,7 @@ def joined(
         BadInput: shapes, devices, ids or masks that do not fit; the message says what is allowed.
     """
     for name, value in (("context", context), ("query", query)):
-        _check(model, name, value)
+        require_fitting(model, name, value)
     if query.shape[0] != context.shape[0]:
         raise BadInput(f"the context has {context.shape[0]} sequences and the query {query.shape[0]}; give as many")
     if context.is_floating_point() != query.is_floating_point():
@@ -88,7 +88,12 @@ def embedded(model: nn.Module, value: Tensor) -> Tensor:
         return find()(value)
 
 
-def _check(model: nn.Module, name: str, value: Any) -> None:
+def require_fitting(model: nn.Module, name: str, value: Any) -> None:
+    """Refuses what cannot be run: neither ids that the model knows nor embeddings, or on another device.
+
+    Raises:
+        BadInput: with what is allowed.
+    """
     if not isinstance(value, Tensor):
         raise BadInput(f"the {name} must be a tensor of ids [batch, n] or embeddings [batch, n, d], not {type(value)}")
     wanted = 3 if value.is_floating_point() else 2
@@ -130,6 +135,8 @@ def _joined_mask(context: Tensor, query: Tensor, masks: tuple[Tensor | None, Ten
             raise BadInput(f"the {name}'s mask must be a tensor of 0 and 1 on {value.device}, got {where}")
         if tuple(mask.shape) != tuple(value.shape[:2]):
             raise BadInput(f"the {name}'s mask has the shape {tuple(mask.shape)}, its ids {tuple(value.shape[:2])}")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise BadInput(f"the {name}'s mask holds other numbers than 0 (padding) and 1 (a token)")
         if not bool(mask[:, -1].all()):
             raise BadInput(f"the {name}'s mask ends in padding; pad on the left")
         parts.append(mask.long())
@@ -145,6 +152,7 @@ def require_ready(model: Any) -> Interface:
     """
     if not isinstance(model, nn.Module):
         raise BadInput(f"the model is a {type(model).__name__}; a torch.nn.Module is wanted")
+    interface = Interface.of(model)
     training = [n or type(m).__name__ for n, m in model.named_modules() if m.training]
     if training:
         raise BadInput(
@@ -153,4 +161,4 @@ def require_ready(model: Any) -> Interface:
     empty = [n for n, p in model.named_parameters() if p.is_meta]
     if empty:
         raise BadInput(f"{empty[0]} is on the meta device and has no numbers: load the weights first")
-    return Interface.of(model)
+    return interface

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from blockkit.adapter import Rerun
-from blockkit.errors import BadInput, ExactnessLost, NotPatchable
+from blockkit.errors import BadInput, ExactnessLost, NotPatchable, blamed
 from blockkit.in_place import backend_of
 from blockkit.overlay import MatrixChange
 from blockkit.patch import Patch
 from blockkit.weights.extras import require
+
+from .checkpoint import load_model
 
 
 def reloaded(patch: Patch, changes: Mapping[str, MatrixChange], base: Any, adapter: Path) -> Rerun:
@@ -37,7 +39,7 @@ def reloaded(patch: Patch, changes: Mapping[str, MatrixChange], base: Any, adapt
         NotPatchable: `peft` cannot put the adapter on this model.
         ExactnessLost: `peft` left some of the adapter's tensors out.
     """
-    model = _loaded(base, patch.dtype) if isinstance(base, Path) else base
+    model = load_model(base, patch.dtype) if isinstance(base, Path) else base
     if patch.tensors is None:
         backend_of(model).check(patch, model)
     transposed = _transposed(patch)
@@ -52,14 +54,6 @@ def reloaded(patch: Patch, changes: Mapping[str, MatrixChange], base: Any, adapt
         again = _logits(_with_adapter(twin, adapter), patch)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return Rerun(unpatched, patched, again, torch.finfo(dtype).eps)
-
-
-def _loaded(folder: Path, dtype: str) -> Any:
-    transformers = require("transformers")
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BadInput(f"transformers cannot load a causal language model from {folder}: {error}") from None
 
 
 def _transposed(patch: Patch) -> set[str]:
@@ -86,8 +80,14 @@ def _logits(model: torch.nn.Module, patch: Patch) -> np.ndarray:
         asked["attention_mask"] = patch.attention_mask
     takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
     given = {k: torch.as_tensor(v, device=device) if k != "use_cache" else v for k, v in asked.items() if k in takes}
-    with torch.no_grad():
-        found = model(torch.as_tensor(patch.query_ids, device=device), **given)
+    if (patch.query_ids < 0).any() or "decoder_input_ids" in takes:
+        what = "the model is an encoder-decoder one" if "decoder_input_ids" in takes else "its query was embeddings"
+        raise BadInput(f"no run can prove an adapter of this patch: {what}. Export it without the model")
+    try:
+        with torch.no_grad():
+            found = model(torch.as_tensor(patch.query_ids, device=device), **given)
+    except Exception as error:
+        raise BadInput(f"{type(model).__name__} does not run on the patch's query: {blamed(error)}") from error
     return np.asarray(getattr(found, "logits", found).to(torch.float64).cpu())
 
 

@@ -152,7 +152,8 @@ def _norm(t: Draft, node: fx.Node, axis: int) -> Iterator[Proposal]:
     plain: Op
     if "rms" in base_of(node):
         eps = argument(node, 3, "eps")
-        plain, kind = RMSNorm(float(torch.finfo(torch.float32).eps if eps is None else eps)), "rms_norm"
+        own = torch.float64 if t.exported.dtype is torch.float64 else torch.float32  # in which 16 bits are normed, too
+        plain, kind = RMSNorm(float(torch.finfo(own).eps if eps is None else eps)), "rms_norm"
     else:
         plain, kind = LayerNorm(float(argument(node, 4, "eps", 1e-5))), "layer_norm"
     steps = _over_parts(plain, name, kind, t.rows[name].shape[1], int(np.prod(argument(node, 1))))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .calling import leaves
+from .single import SinglePrecision
 
 _SEALED: WeakValueDictionary[int, Sealed] = WeakValueDictionary()
 
@@ -30,7 +31,7 @@ class Sealed(nn.Module):
         super().__init__()
         self.within = [module]  # in a list, so that its parameters are not this module's
         self.args, self.kwargs = args, kwargs
-        with torch.no_grad():
+        with torch.no_grad(), SinglePrecision():
             self.example = module(*args, **kwargs)
         _SEALED[id(self)] = self
 
@@ -38,24 +39,25 @@ class Sealed(nn.Module):
         """The module's result, by way of the operation."""
         self.args, self.kwargs = args, kwargs
         given = [v for v in leaves((args, kwargs)) if isinstance(v, Tensor)]
-        return _filled(self.example, iter(_operation()(given, id(self))))
+        return filled(self.example, iter(_operation()(given, id(self))))
 
     def run(self, given: list[Tensor]) -> list[Tensor]:
         """The tensors of the result for other tensors among the arguments."""
         values = iter(given)
-        args, kwargs = _filled((self.args, self.kwargs), values)
-        result = self.within[0](*args, **kwargs)
+        args, kwargs = filled((self.args, self.kwargs), values)
+        with SinglePrecision():
+            result = self.within[0](*args, **kwargs)
         return [v.clone() for v in leaves(result) if isinstance(v, Tensor)]
 
 
-def _filled(value: Any, tensors: Any) -> Any:
+def filled(value: Any, tensors: Any) -> Any:
     """The same nest with other tensors, in order."""
     if isinstance(value, Tensor):
         return next(tensors)
     if isinstance(value, dict):
-        return {k: _filled(v, tensors) for k, v in value.items()}
+        return {k: filled(v, tensors) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        parts = [_filled(v, tensors) for v in value]
+        parts = [filled(v, tensors) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
@@ -89,7 +91,7 @@ def seal(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
     hooks = [m.register_forward_pre_hook(note(p), with_kwargs=True) for p, m in twin.named_modules() if p]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), SinglePrecision():
             twin(*args, **kwargs)
     finally:
         for handle in hooks:
@@ -126,6 +128,8 @@ def program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     try:
         with warnings.catch_warnings(), torch.no_grad(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
-            return torch.export.export(module, args, kwargs, strict=False).run_decompositions({})
+            with SinglePrecision():
+                traced = torch.export.export(module, args, kwargs, strict=False)
+            return traced.run_decompositions({})
     finally:
         logging.disable(before)

@@ -18,7 +18,7 @@ from blockkit.errors import BadInput
 from blockkit.graph import suggest
 from blockkit.overlay import Change, MatrixChange
 
-from .parameters import Intercepted
+from .parameters import bare
 
 NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SLICE = re.compile(r"^(.*)\[(\d+)\]$")
@@ -43,13 +43,6 @@ class Slot:
     def tensor(self) -> Tensor:
         """The numbers themselves (no copy)."""
         return self.whole.detach() if self.index is None else self.whole.detach()[self.index]
-
-
-def bare(parameter: Tensor) -> Tensor:
-    """The parameter itself, under whatever intercepts it."""
-    while isinstance(parameter, Intercepted):
-        parameter = parameter.plain
-    return parameter
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:

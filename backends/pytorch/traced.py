@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +20,14 @@ from blockkit.ops import Mix
 from .calling import Interface, device_of, vocabulary
 from .capture import Call, Found, Key, evaluating, find_blocks
 from .changes import rows_in_place
-from .exported import export
+from .exported import Twin, export
 from .forms import STREAM, Stored, Tap, Translation
 from .positions import first_position
 from .rows import TOKENS_FIRST
 from .translate import translate
 
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37)  # numbers of tokens, one of which is no size of the model's
+FEWER = (7, 5), (5, 3)  # for models that have no places for as many
 INPUT = "input"  # of a graph whose stream depends on the context
 
 
@@ -86,6 +89,7 @@ class Traced:
         return found
 
 
+_ONE = threading.RLock()  # `torch.export` traces one module at a time
 _traced: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Traced]] = weakref.WeakKeyDictionary()
 
 
@@ -108,7 +112,7 @@ def trace(model: nn.Module, example: Any = None) -> Traced:
     if known is not None and known[0] == key:
         return known[1]
     device = device_of(model)
-    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _ONE, evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         found = _found(model, example)
     _traced[model] = key, found
     return found
@@ -124,10 +128,25 @@ def _require_numbers(model: nn.Module) -> None:
 
 
 def _state(model: nn.Module) -> Any:
-    """What must stay for a trace to hold: classes, and the shapes and sharing of parameters."""
-    classes = tuple(type(m).__qualname__ for m in model.modules())
+    """What must stay for a trace to hold: classes with their settings and hooks, the parameters and their shapes."""
     shapes = tuple((n, tuple(p.shape), id(p)) for n, p in model.named_parameters(remove_duplicate=False))
-    return classes, shapes
+    return tuple((type(m), _settings(m)) for m in model.modules()), shapes
+
+
+def _settings(module: nn.Module) -> Any:
+    """A module's numbers, words and functions, and what is called before and after it."""
+    own = tuple((k, s) for k, v in vars(module).items() if k != "training" and (s := _summary(v)) is not None)
+    return own, *(tuple(map(id, h.values())) for h in (module._forward_hooks, module._forward_pre_hooks))
+
+
+def _summary(value: Any) -> Any:
+    """A setting as it can be kept without keeping what it belongs to; None for what is none."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if type(value) in (dict, list, tuple):
+        parts = value.items() if type(value) is dict else value
+        return tuple(_summary(part) for part in parts)
+    return id(value) if inspect.isroutine(value) else None
 
 
 def _shape(example: Any) -> Any:
@@ -141,13 +160,20 @@ def _shape(example: Any) -> Any:
 def _found(model: nn.Module, example: Any) -> Traced:
     calls = _calls(model, example)
     shared = _shared(model, calls.blocks)
-    translations: dict[Any, Translation] = {}
+    kinds: dict[Any, list[tuple[Twin, Translation]]] = {}
+
+    def translation(call: Call, place: int) -> Translation:
+        """That of a block before it which does the same, or a new one."""
+        alike = kinds.setdefault(_kind(call, place), [])
+        for twin, known in alike:
+            if twin.serves(call):
+                return known
+        exported = export(call, calls.tokens)
+        alike.append((exported.twin, translate(exported)))
+        return alike[-1][1]
 
     def block(call: Call, place: int) -> Block:
-        key = _kind(call, place)
-        if key not in translations:
-            translations[key] = translate(export(call, calls.tokens))
-        known = translations[key]
+        known = translation(call, place)
         tied = [
             replace(p, tied=p.tied or (f"{call.path}.{p.name}" if call.path else p.name) in shared)
             for p in known.graph.parameters
@@ -174,13 +200,13 @@ def _calls(model: nn.Module, example: Any) -> Found:
         return _of_example(model, interface, example)
     count = vocabulary(model)
     problems = []
-    if count is not None:
+    for numbers in (primes, *FEWER) if count is not None else ():
         try:
-            return _run(model, interface, _ids(model, count, primes[0]), primes, more)
+            return _run(model, interface, _ids(model, count or 0, numbers[0]), list(numbers), more)
         except BadInput:
             raise
         except Exception as error:
-            problems.append(f"with token ids: {type(error).__name__}: {error}")
+            problems.append(f"with {numbers[0]} token ids: {type(error).__name__}: {error}")
     for width in _widths(model):
         stream = torch.randn(1, primes[0], width, device=device_of(model), dtype=_dtype(model))
         try:
@@ -314,7 +340,8 @@ def _kind(call: Call, place: int) -> Any:
 def _setting(value: Any) -> Any:
     """A module's attribute, as far as what it computes may depend on it: numbers, words, functions."""
     if isinstance(value, Tensor):  # what is no parameter or buffer becomes part of the program
-        return str(value.dtype), tuple(value.shape), tuple(value.detach().cpu().double().flatten().tolist())
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(numbers).hexdigest()
     if isinstance(value, tuple | list):
         return tuple(_setting(v) for v in value)
     if isinstance(value, bool | str | int | torch.dtype) or inspect.isroutine(value) or value is None:

@@ -15,6 +15,7 @@ from .capture import at, replaced
 from .observe import Chosen
 from .parameters import Event, intercepting
 from .rows import batch_rows
+from .sole import sole_use
 from .traced import Block, Traced
 from .translate import STREAM, Tap
 
@@ -127,6 +128,7 @@ class Watcher:
     def watching(self) -> Iterator[None]:
         """Everything the model runs meanwhile is watched."""
         with (
+            sole_use(self.model),
             _hooked(self.model, self.traced, self.entered, self.left),
             intercepting(self.model, self.names(), self.event),
         ):
