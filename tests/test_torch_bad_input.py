@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -18,7 +22,8 @@ from torch.nn import functional  # noqa: E402
 import blockkit as bk  # noqa: E402
 from blockkit.backends.pytorch import absorb  # noqa: E402
 from blockkit.backends.pytorch import lockstep as lockstep_module  # noqa: E402
-from blockkit.errors import BadInput, ConditionViolated, NotPatchable  # noqa: E402
+from blockkit.backends.pytorch.sole import sole_use  # noqa: E402
+from blockkit.errors import BadInput, ConditionViolated, ExactnessLost, NotPatchable  # noqa: E402
 from tests import torch_modules as own  # noqa: E402
 
 D = own.D
@@ -253,6 +258,69 @@ class Failing(own.LayerScale):
             raise self.error
         self.calls -= 1
         return super().forward(x)
+
+
+def test_models_in_several_threads() -> None:
+    with ThreadPoolExecutor(3) as pool:
+        patches = list(pool.map(lambda _: absorb(model(), CONTEXT, QUERY), range(3)))
+    assert all(p.measured["linf"] < 1e-5 for p in patches)
+    assert sys.stdout is not None and not isinstance(sys.stdout, StringIO) and logging.root.manager.disable == 0
+    module = model()
+    with sole_use(module), ThreadPoolExecutor(1) as pool:
+        refused(
+            module, BadInput, "in another thread; wait for it, or give each thread a model of its own",
+            lambda: pool.submit(absorb, module, CONTEXT, QUERY).result(),
+        )  # fmt: skip
+
+
+class Random(own.LayerScale):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(super().forward(x), 0.3, training=True)
+
+
+def test_a_model_that_draws_at_random_is_told_so() -> None:
+    module = own.drawn(own.LanguageModel(own.LayerScale(), Random()))
+    with pytest.raises(ExactnessLost, match=r"two runs of LanguageModel on the same input differ by .*draws at random"):
+        absorb(module, CONTEXT, QUERY)
+
+
+def test_why_there_is_no_route() -> None:
+    module, query = model(), torch.randint(31, (1, 30))
+    for options, text in (
+        (
+            {"tokens": "all"},
+            r"blocks.0: there is no route for 30 tokens .*; 24 can be served at most \(by mlp.down.weight\)",
+        ),
+        ({"freeze": "*"}, r"blocks.0: there is no route; none of the strategies can do it, .* \(\* may not move\)"),
+        (
+            {"strategy": "matrix", "freeze": ["*weight"]},
+            "strategy 'matrix' has no route; paper, minimal, stable can do",
+        ),
+    ):
+        refused(module, NotPatchable, text, lambda options=options: absorb(module, CONTEXT, query, **options))  # type: ignore[misc]
+
+
+class Scripted(own.LayerScale):
+    """Reads a bias where no one can watch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _added(super().forward(x), self.last)
+
+
+@torch.jit.script
+def _added(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def test_a_parameter_that_no_one_sees_read_is_gone_around() -> None:
+    module = own.drawn(own.LanguageModel(Scripted(), Scripted()))
+    assert "last" in bk.check(module).routes[0].parameters
+    patch = absorb(module, CONTEXT, QUERY)
+    assert patch.measured["linf"] < 1e-5 and not any(name.endswith("last") for name in patch.changes)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt()], ids=["error", "interrupt"])

@@ -18,8 +18,9 @@ transformers = pytest.importorskip("transformers")
 
 from torch import Tensor, nn  # noqa: E402
 
-from blockkit.backends.pytorch import editing  # noqa: E402
+from blockkit.backends.pytorch import absorb, editing  # noqa: E402
 from blockkit.backends.pytorch.editing import apply, fingerprint, remove, untie  # noqa: E402
+from blockkit.backends.pytorch.parameters import Intercepted  # noqa: E402
 from blockkit.errors import BadInput  # noqa: E402
 from blockkit.overlay import MatrixChange, VectorChange, dense  # noqa: E402
 from blockkit.patch import Patch  # noqa: E402
@@ -386,6 +387,65 @@ def test_a_copy_made_meanwhile_is_patched_and_can_be_freed(merge: bool) -> None:
         patch.remove(copied)
         assert torch.equal(copied(IDS).logits, plain)
         assert [h for _, h in hashes(copied).values()] == [h for _, h in before.values()]
+
+
+class Interrupted(dict[str, Any]):
+    """A table of parameters in which the first change is broken off."""
+
+    armed = False
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+        super().__setitem__(name, value)
+
+
+def test_a_removal_that_was_broken_off_can_be_made_again() -> None:
+    model = llama()
+    before, patch = hashes(model), patch_for(model, FAMILIES["llama"][1])
+    table = model.model.layers[1].mlp.down_proj
+    table.__dict__["_parameters"] = held = Interrupted(table._parameters)
+    patch.apply(model, merge=False)
+    held.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        patch.remove(model)
+    patch.remove(model)
+    assert hashes(model) == before
+    assert not any(isinstance(p, Intercepted) for p in model.parameters())
+
+
+def test_what_an_error_leaves_on_the_model_is_said() -> None:
+    model = llama()
+    patch = patch_for(model, {DOWN: ""})
+    with pytest.raises(ZeroDivisionError) as caught, patch.applied(model, merge=True):
+        model.half()
+        raise ZeroDivisionError
+    assert "the patch is still on the model" in caught.value.__notes__[0]
+    model.float()
+    patch.remove(model)
+
+
+def test_a_patched_parameter_is_copied_and_stepped_as_what_it_is() -> None:
+    model, other = llama(), llama()
+    before, patch = hashes(model), patch_for(model, {DOWN: ""})
+    with patch.applied(model, merge=False):
+        other.load_state_dict(model.state_dict())
+        weight = model.get_parameter(DOWN)
+        with torch.no_grad():
+            other.get_parameter(DOWN).copy_(weight)
+            other.get_parameter(DOWN).lerp_(weight, 0.5)
+            torch._foreach_mul_([weight], 1.0)
+    assert hashes(model) == before and torch.equal(other.get_parameter(DOWN), model.get_parameter(DOWN))
+
+
+@pytest.mark.parametrize(("batch", "tokens", "ran"), [(2, "last", [1, 2]), (1, "each", [3, 2])])
+def test_rows_are_not_mistaken_for_one_another(batch: int, tokens: str, ran: list[int]) -> None:
+    model, rows = llama(), torch.arange(12)[None]
+    query = torch.arange(3, 3 + 3 * batch).reshape(batch, 3)
+    patch = absorb(model, rows.repeat(batch, 1), query, tokens=tokens)
+    with patch.applied(model), pytest.raises(BadInput, match=r"and the model was run on"):
+        model(torch.arange(ran[0] * ran[1]).reshape(ran))
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +171,87 @@ def test_settings_tell_blocks_apart() -> None:
 
     blocks = [Set(torch.tanh, 1.5), Set(torch.tanh, 1.5), Set(torch.relu, 1.5), Set(torch.tanh, 2.5)]
     assert list(trace(own.LanguageModel(*blocks).eval()).kinds) == ["blocks.0", "blocks.2", "blocks.3"]
+
+
+class Heeding(own.LayerScale):
+    """Does something else after its first block, which only numbers show: by place, by settings, by an argument."""
+
+    def __init__(self, how: str, place: int) -> None:
+        super().__init__()
+        self.how, self.layer_idx, self.settings = how, place, {"limit": 9.0 if place else 1000.0}
+
+    def forward(self, x: Tensor, place: int = 0) -> Tensor:
+        y = super().forward(x)
+        match self.how:
+            case "place":
+                return torch.tanh(y) if self.layer_idx else y
+            case "argument":
+                return torch.tanh(y) if place else y
+            case "limit":
+                return y.clamp(-self.settings["limit"], self.settings["limit"])
+        return y
+
+
+class Heeded(own.LanguageModel):
+    def run(self, x: Tensor) -> Tensor:
+        for place, block in enumerate(self.blocks):
+            x = block(x, place) if block.how == "argument" else block(x)
+        return x
+
+
+@pytest.mark.parametrize(("how", "kinds"), [("", 1), ("place", 2), ("argument", 2), ("limit", 2)])
+def test_what_a_block_heeds_besides_its_settings(how: str, kinds: int) -> None:
+    model = own.drawn(Heeded(*(Heeding(how, place) for place in range(3))))
+    assert list(trace(model).kinds) == [f"blocks.{i}" for i in range(kinds)]
+
+
+def test_a_trace_is_made_anew_for_new_settings_and_hooks() -> None:
+    model = own.drawn(Heeded(*(Heeding("place", place) for place in range(2))))
+    assert len(trace(model).kinds) == 2
+    model.blocks[1].layer_idx = 0
+    assert len(trace(model).kinds) == 1
+    handle = model.blocks[1].mlp.register_forward_hook(lambda module, args, result: result.tanh())
+    assert len(trace(model).kinds) == 2
+    handle.remove()
+    assert len(trace(model).kinds) == 1
+
+
+def test_a_trace_does_not_keep_the_model() -> None:
+    model = own.drawn(own.LanguageModel(own.LayerScale()))
+    model.register_forward_hook(lambda module, args, result, model=model: result)
+    model.function = model.forward
+    trace(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+class Casting(own.LayerScale):
+    """Names the precision that it wants."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.n1(x))
+        return x + self.mlp(functional.softmax(self.n2(x), -1, dtype=torch.float32).to(torch.bfloat16))
+
+
+def test_casts_to_a_named_precision_are_followed() -> None:
+    graph = graph_of(own.drawn(Casting()).bfloat16())
+    assert "softmax" in {node.op.kind for node in graph.nodes} and not any(n.op.kind == "opaque" for n in graph.nodes)
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_the_epsilon_of_a_norm_that_names_none(dtype: torch.dtype, eps: torch.dtype) -> None:
+    block = own.drawn(own.LayerScale())
+    block.n2 = nn.RMSNorm(D)
+    norms = [n.op for n in graph_of(block.to(dtype)).nodes if isinstance(n.op, RMSNorm)]
+    assert [op.eps for op in norms] == [torch.finfo(eps).eps]
+
+
+def test_a_model_with_few_places_is_run_on_few_tokens() -> None:
+    model = own.drawn(own.LanguageModel(own.LayerScale(), positions=True))
+    model.positions = nn.Embedding(8, D)
+    assert len(trace(model).blocks) == 1
 
 
 def test_places_that_a_block_counts_itself_are_context() -> None:

@@ -206,7 +206,7 @@ def _calls(model: nn.Module, example: Any) -> Found:
         except BadInput:
             raise
         except Exception as error:
-            problems.append(f"with {numbers[0]} token ids: {type(error).__name__}: {error}")
+            problems.append(f"with token ids: {type(error).__name__}: {error}")
     for width in _widths(model):
         stream = torch.randn(1, primes[0], width, device=device_of(model), dtype=_dtype(model))
         try:
@@ -215,7 +215,7 @@ def _calls(model: nn.Module, example: Any) -> Found:
             raise error from None
         except Exception as error:
             problems.append(f"with a stream of width {width}: {type(error).__name__}: {error}")
-    tried = "; ".join(str(p)[:200] for p in problems[:3]) or "it has no parameters"
+    tried = "; ".join(str(p)[:200] for p in list(dict.fromkeys(problems))[:3]) or "it has no parameters"
     raise BadInput(
         f"{type(model).__name__} could not be run to find its blocks ({tried}); give example=, what it is called with"
     )
