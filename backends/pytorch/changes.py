@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ PIECE = 1 << 20  # numbers of a matrix that are worked on at a time
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Arrays of changes as tensors, each made once for a dtype and a device."""
+    """Arrays of changes as tensors, each made once for a dtype and a device; and what has to be merged to be used."""
 
     made: dict[tuple[int, torch.dtype, torch.device], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+    whole: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
 
     def of(self, array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The array's tensor."""
@@ -35,6 +37,14 @@ class Factors:
         if key not in self.made:
             self.made[key] = array, torch.as_tensor(np.asarray(array), dtype=dtype, device=device)
         return self.made[key][1]
+
+    def merged(self, name: str, parameter: Tensor, change: Change, transposed: bool) -> Tensor:
+        """The changed parameter, worked out again only when its own numbers are others."""
+        version = None if parameter.is_inference() else parameter._version
+        state = parameter.data_ptr(), version, parameter.dtype
+        if name not in self.whole or self.whole[name][0] != state:
+            self.whole[name] = state, merged_value(parameter, change, transposed)
+        return self.whole[name][1]
 
 
 def rows_in_place(tensor: Tensor, stored: Stored) -> Tensor:
@@ -95,7 +105,7 @@ def changed_result(
         if change.per_token or fits:
             beside.append(name)
         else:
-            whole[name] = merged_value(stored(name), change, name in transposed)
+            whole[name] = factors.merged(name, stored(name), change, name in transposed)
     output = event.with_values(whole) if whole else event.output
     for name in beside:
         more = _added(event, name, changes[name], batch, output, stored, factors)
