@@ -7,8 +7,9 @@ root module of its classes, from the most derived class on; nothing is imported 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -121,13 +122,19 @@ def backend_of(model: Any) -> InPlace:
         BadInput: it is no model of a framework that is registered.
         MissingDependency: the backend cannot be imported.
     """
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    found = _registered(entry_points)
     roots = dict.fromkeys(c.__module__.partition(".")[0] for c in type(model).__mro__)
     for root in roots:
         if root in found:
             return _loaded(found[root])
     known = ", ".join(sorted(found)) or "none is registered"
     raise BadInput(f"{type(model).__name__} {model!r:.60} is no model of a framework that blockkit knows ({known})")
+
+
+@cache
+def _registered(find: Callable[..., Iterable[EntryPoint]]) -> dict[str, EntryPoint]:
+    """The backends by framework; looking through all that is installed takes a while."""
+    return {entry.name: entry for entry in find(group=GROUP)}
 
 
 def _loaded(entry: EntryPoint) -> InPlace:

@@ -36,7 +36,7 @@ class Applied:
     restore: Callable[[nn.Module], None]
 
 
-WORDS = 4096  # of the weights that are hashed at a time
+WORDS = (4096, 4093)  # of the weights that are hashed at a time
 _APPLIED: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
 
 
@@ -75,20 +75,17 @@ def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def _hash(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Adds two sums of the tensor's words by their place modulo `WORDS`, one of them weighted by the row of the place.
+    """Adds sums of the tensor's words by their places modulo two numbers without a common factor.
 
-    No single change and no exchange of rows leaves both alone. Either is read at the speed of memory, so that a patch
-    of a large model costs no more than a look at its weights.
+    No single change leaves them alone, and no exchange of rows does. They are read at the speed of memory, so that a
+    patch of a large model costs no more than a look at its weights.
     """
     flat = tensor.contiguous().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-    rest = len(flat) % WORDS
-    rows = flat[: len(flat) - rest].reshape(-1, WORDS)
-    for start in range(0, len(rows), PIECE // WORDS):
-        piece = rows[start : start + PIECE // WORDS].to(torch.int64)
-        places = torch.arange(start, start + len(piece), device=piece.device)[:, None]
-        both = torch.stack([piece.sum(0), (piece * places).sum(0)])
-        digest.update(both.cpu().numpy().tobytes())
-    digest.update(flat[len(flat) - rest :].cpu().numpy().tobytes())
+    for words in WORDS:
+        rest = len(flat) % words
+        sums = flat[: len(flat) - rest].reshape(-1, words).sum(0, dtype=torch.int64)
+        digest.update(sums.cpu().numpy().tobytes())
+        digest.update(flat[len(flat) - rest :].cpu().numpy().tobytes())
 
 
 def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:

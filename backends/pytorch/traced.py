@@ -133,9 +133,12 @@ def _state(model: nn.Module) -> Any:
     return tuple((type(m), _settings(m)) for m in model.modules()), shapes
 
 
+_OWN = frozenset(vars(nn.Module()))  # what every module has
+
+
 def _settings(module: nn.Module) -> Any:
     """A module's numbers, words and functions, and what is called before and after it."""
-    own = tuple((k, s) for k, v in vars(module).items() if k != "training" and (s := _summary(v)) is not None)
+    own = tuple((k, s) for k, v in vars(module).items() if k not in _OWN and (s := _summary(v)) is not None)
     return own, *(tuple(map(id, h.values())) for h in (module._forward_hooks, module._forward_pre_hooks))
 
 
