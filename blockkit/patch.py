@@ -22,7 +22,7 @@ from .patch_file import read_patch, write_patch
 from .weights.folder import write_folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """Changed parameters of one model, exact for named tokens.
 

@@ -37,7 +37,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blockkit import NotPatchable
+from blockkit import BadInput, NotPatchable
 from blockkit.backends.pytorch import Patch, absorb
 
 SIZES: dict[str, Any] = {
@@ -306,6 +306,8 @@ def test_a_patch_made_anew_from_its_file_serves_the_same_model(tmp_path: Any) ->
     patch = Patch.load(tmp_path / "patch.safetensors")
     with patch.applied(model):
         assert apart(model(query, position_ids=patch.position_ids).logits[:, -1], wanted) < EXACT
+    with pytest.raises(BadInput, match="device='nowhere' cannot be used"):
+        Patch.load(tmp_path / "patch.safetensors", device="nowhere")
 
 
 def test_a_saved_model_holds_the_merged_patch(tmp_path: Any) -> None:

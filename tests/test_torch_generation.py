@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from test_cli import RUN, CommandLine, with_tokenizer
 from test_torch_editing import hashes
 from torch import Tensor, nn
@@ -430,6 +432,15 @@ def test_a_folder_that_transformers_cannot_load(cli: CommandLine, checkpoint: Pa
     (broken / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     (broken / "config.json").write_text('{"model_type": "unheard-of"}')
     assert "transformers cannot load" in cli.refused("generate", "--model", broken, "--prompt", "w1 w2", "--json")
+
+
+def test_a_checkpoint_that_lacks_a_tensor(cli: CommandLine, checkpoint: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    said = cli.refused("generate", "--model", broken, "--prompt", "w1 w2", "--json")
+    assert "no fitting tensor for model.layers.0.mlp.down_proj.weight (of 1)" in said
 
 
 @pytest.mark.parametrize("package", ["transformers", "matplotlib"])

@@ -110,7 +110,12 @@ def _chosen(graph: Graph, taps: tuple[Tap, ...], task: Task, capacity: int | Non
         held = tuple(p for p in task.frozen if fnmatch.filter(graph.parameter, p))
         return choose(graph, taps, task.strategy, capacity, (*held, *apart), task.twice)
     except NotPatchable as error:
-        return error
+        if not apart:
+            return error
+        return NotPatchable(
+            f"{error}; the model reads {listed(sorted(apart), 4)} with its rows in another order, so that these cannot "
+            "have values for each token or prompt: absorb prompts one at a time, or with tokens='all'"
+        )
 
 
 class NeverRead(NotPatchable):

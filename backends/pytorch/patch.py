@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blockkit.errors import BadInput, blamed
 from blockkit.patch import Patch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TorchPatch(Patch):
     """See `blockkit.Patch`; positions are a tensor, to be passed on.
 
@@ -28,6 +29,14 @@ class TorchPatch(Patch):
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> TorchPatch:
-        """Reads a patch file; see `blockkit.Patch.load`."""
+        """Reads a patch file; see `blockkit.Patch.load`.
+
+        Raises:
+            BadInput: as there; or there is no such device.
+        """
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # torch says it in several ways
+            raise BadInput(f"device={device!r:.40} cannot be used: {blamed(error)}") from None
         core = Patch.load(path)
         return TorchPatch(**{f.name: getattr(core, f.name) for f in fields(core)}, device=device)
