@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from blockkit.backends.pytorch.parameters import Event, Intercepted, intercepting  # noqa: E402
+from blockkit.backends.pytorch.interception import intercepting  # noqa: E402
+from blockkit.backends.pytorch.parameters import Event, Intercepted  # noqa: E402
 from blockkit.errors import BadInput  # noqa: E402
 
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from blockkit.errors import BadInput
-from blockkit.in_place import ChangedParameter, Receipt
+from blockkit.in_place import Receipt
 from blockkit.overlay import Change, MatrixChange
 from blockkit.patch import Patch
 
-from .changes import PIECE, Factors, changed_result, merged_value
-from .parameters import Event, Intercepted, intercept, uncover
+from .changes import Factors, changed_result, merged_value
+from .interception import intercept, uncover
+from .parameters import Event, Intercepted
+from .receipts import row, said, some
 from .slots import Slot, find, named, require_fit, require_plain, require_untied, tied_with
 from .sole import sole_use
 
@@ -108,7 +110,7 @@ def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:
         )
     if made_for.get("weights") != its["weights"]:
         raise BadInput(
-            f"the patch was made for other values of the weights that it changes ({_some(patch.changes)}) than this "
+            f"the patch was made for other values of the weights that it changes ({some(patch.changes)}) than this "
             f"{type(model).__name__} has{_who_changed(patch, model)}"
         )
     return slots
@@ -119,7 +121,7 @@ def _who_changed(patch: Patch, model: nn.Module) -> str:
     for other in _APPLIED.get(model, []):
         shared = own & {slot.parameter for slot in find(model, other.patch.changes).values()}
         if shared:
-            return f": {_said(other.patch)}, which lies on it, changes {_some(shared)} too; remove that one first"
+            return f": {said(other.patch)}, which lies on it, changes {some(shared)} too; remove that one first"
     return ""
 
 
@@ -136,7 +138,7 @@ def apply(patch: Patch, model: nn.Module, merge: bool) -> Receipt:
         BadInput: see `check`; or the patch has no merged form, or a weight is read-only or would overflow.
     """
     if any(_same(applied.patch, patch) for applied in _APPLIED.get(model, [])):
-        raise BadInput(f"{_said(patch)} is on this {type(model).__name__} already")
+        raise BadInput(f"{said(patch)} is on this {type(model).__name__} already")
     if merge and (patch.tokens == "each" or any(c.per_token for c in patch.changes.values())):
         raise BadInput(
             "the patch holds different values for every token (or prompt), so it cannot be merged into the weights; "
@@ -157,10 +159,10 @@ def remove(patch: Patch, model: nn.Module) -> None:
     stack = _APPLIED.get(model) or _carried(model)
     place = next((i for i, applied in enumerate(stack) if _same(applied.patch, patch)), None)
     if place is None:
-        raise BadInput(f"{_said(patch)} is not on this {type(model).__name__}")
+        raise BadInput(f"{said(patch)} is not on this {type(model).__name__}")
     if place < len(stack) - 1:
-        above = ", then ".join(_said(applied.patch) for applied in reversed(stack[place + 1 :]))
-        raise BadInput(f"{_said(patch)} lies under others on this {type(model).__name__}; remove first {above}")
+        above = ", then ".join(said(applied.patch) for applied in reversed(stack[place + 1 :]))
+        raise BadInput(f"{said(patch)} lies under others on this {type(model).__name__}; remove first {above}")
     with sole_use(model), torch.inference_mode(False), torch.no_grad():
         stack[-1].restore(model)
     stack.pop()
@@ -234,7 +236,7 @@ def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt
     try:
         for parameter in originals:
             _put(_one(slots, parameter).whole, _whole(slots, parameter, values))
-        rows = [_row(s, patch.changes[n], "merged", _difference(s.tensor, values[n])) for n, s in slots.items()]
+        rows = [row(s, patch.changes[n], "merged", _difference(s.tensor, values[n])) for n, s in slots.items()]
         _APPLIED.setdefault(model, []).append(Applied(patch, lambda model: _restore(model, originals)))
     except BaseException:
         for parameter, original in originals.items():
@@ -320,7 +322,7 @@ class Factored:
                 stacks[name] = self._stack(event.parameter(name), own)
         if stacks:
             if any(change.per_token for change in beside.values()):
-                raise BadInput(f"{_some(beside)} and a stack are read at once; a stack has no values for each token")
+                raise BadInput(f"{some(beside)} and a stack are read at once; a stack has no values for each token")
             whole = {n: merged_value(event.parameter(n), c, n in self.patch.transposed) for n, c in beside.items()}
             return event.with_values(stacks | whole)
         if not beside:
@@ -343,7 +345,7 @@ class Factored:
         fits = ran in ((batch, tokens), (tokens, batch) if batch == 1 else ()) if each else ran[0] == batch
         if not fits:
             raise BadInput(
-                f"the patch holds values for {batch} prompt(s) of {tokens} token(s) each ({_some(beside)}), "
+                f"the patch holds values for {batch} prompt(s) of {tokens} token(s) each ({some(beside)}), "
                 f"and the model was run on {list(ran)}"
             )
 
@@ -373,44 +375,9 @@ def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Re
         for name in by_parameter:
             if getattr(found[name], "handler", None) is not handler:
                 raise BadInput(f"{name} cannot be intercepted: its module gives another tensor back")
-        rows = tuple(_row(slot, patch.changes[name], "factored", 0.0) for name, slot in slots.items())
+        rows = tuple(row(slot, patch.changes[name], "factored", 0.0) for name, slot in slots.items())
         _APPLIED.setdefault(model, []).append(Applied(patch, lambda _: restore()))
     except BaseException:
         restore()
         raise
     return Receipt(rows, patch.validity)
-
-
-# -- what is said ----------------------------------------------------------------------------------
-
-
-def _row(slot: Slot, change: Change, how: str, residual: float) -> ChangedParameter:
-    tensor = slot.tensor
-    largest, norm = _sizes(change)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return ChangedParameter(slot.name, tuple(tensor.shape), dtype, how, largest, norm, residual)
-
-
-def _sizes(change: Change) -> tuple[float, float]:
-    """Largest absolute value and Frobenius norm of a change; of all its rows together, where each has its own."""
-    if not isinstance(change, MatrixChange):
-        delta = np.asarray(change.delta, np.float64)
-        return float(np.abs(delta).max(initial=0)), float(np.linalg.norm(delta))
-    left, right = (np.asarray(f, np.float64) for f in (change.left, change.right))
-    if change.per_token or len(left) == 1:
-        largest = np.abs(left).max(-1, initial=0) * np.abs(right).max(-1, initial=0)
-        norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
-        return float(largest.max(initial=0)), float(np.linalg.norm(norms))
-    step = max(1, PIECE // right.shape[1])
-    pieces = (left[:, start : start + step].T @ right for start in range(0, left.shape[1], step))
-    largest_of_all = max((float(np.abs(piece).max(initial=0)) for piece in pieces), default=0.0)
-    return largest_of_all, float(np.sqrt(max(0.0, ((left @ left.T) * (right @ right.T)).sum())))
-
-
-def _said(patch: Patch) -> str:
-    return f"the patch {patch.source}" if patch.source else f"the patch of {_some(patch.changes)}"
-
-
-def _some(names: Iterable[str]) -> str:
-    found = sorted(names)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture import at, replaced
+from .interception import intercepting
 from .observe import Chosen
-from .parameters import Event, intercepting
+from .parameters import Event
 from .rows import batch_rows
 from .sole import sole_use
 from .traced import Block, Traced
