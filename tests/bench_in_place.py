@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme
+
 CONTEXT, RUNS, STEPS = 500, 7, 25
-README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- in-place -->", "<!-- /in-place -->"
 PROSE = "Item {i} of the list is a {w}."
 
@@ -171,8 +172,7 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     if "--write" in sys.argv:
-        before, rest = README.read_text(encoding="utf-8").split(START)
-        README.write_text(f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        readme.write(START, END, table)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ no, also looks for the smallest change) and for `plan`, in one process. `--write
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+import readme
 from scale import SHAPES, seconds
 
 COUNTS = (10, 100, 1_000, 10_000, 100_000)
-README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- scale: make scale -->", "<!-- end of scale -->"
 
 
@@ -49,6 +48,4 @@ if __name__ == "__main__":
     found = table()
     print(found)
     if "--write" in sys.argv:
-        before, _, rest = README.read_text(encoding="utf-8").partition(START)
-        after = rest.partition(END)[2]
-        README.write_text(f"{before}{START}\n\n{found}\n\n{END}{after}", encoding="utf-8")
+        readme.write(START, END, found)

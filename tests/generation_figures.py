@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import readme
 import torch
 from conformance import PROMPTS
 from transformers import AutoModelForCausalLM
@@ -182,10 +183,7 @@ def main() -> None:
     made = tables(everything(given.tokens), given.tokens)
     print(made)
     if given.write:
-        readme = ROOT / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        before, after = text.split(START)[0], text.split(END)[1]
-        readme.write_text(f"{before}{START}\n\n{made}\n\n{END}{after}", encoding="utf-8")
+        readme.write(START, END, made)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+import readme
 
 from blockkit import catalog
 from blockkit.errors import BadInput, NotPatchable
@@ -17,7 +18,6 @@ from blockkit.plan import make_plan
 from blockkit.route import Route
 from blockkit.verdict import Verdict, judge
 
-README = Path(__file__).parent.parent / "README.md"
 ANSWERS = {True: "yes", False: "no", None: "unknown"}
 STRATEGIES = ("stable", "minimal", "matrix", "paper")
 HEAD = ("architecture", "patchable", "tokens", "by one parameter (tokens)", *STRATEGIES, "what makes it special")
@@ -100,19 +100,16 @@ TABLES = {"catalogue": catalogue_table, "components": components_table}
 
 def in_readme(text: str, name: str) -> str:
     """The table that stands between its markers in a README."""
-    return text.split(f"<!-- {name}: made by `make table` -->")[1].split(f"<!-- end of {name} -->")[0].strip()
+    return readme.between(text, *markers(name))
 
 
-def with_table(text: str, name: str, made: str) -> str:
-    """The README with another table between its markers."""
-    start, end = f"<!-- {name}: made by `make table` -->", f"<!-- end of {name} -->"
-    before, rest = text.split(start)
-    return f"{before}{start}\n\n{made}\n\n{end}{rest.split(end)[1]}"
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: made by `make table` -->", f"<!-- end of {name} -->"
 
 
 if __name__ == "__main__":
     for name, made in TABLES.items():
         if "--write" in sys.argv:
-            README.write_text(with_table(README.read_text(encoding="utf-8"), name, made()), encoding="utf-8")
+            readme.write(*markers(name), made())
         else:
             print(made(), end="\n\n")

@@ -16,15 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+import readme
 import torch
 import transformers
 import zoo_models
 from zoo_runs import EQUAL, LEAST, WORST, Patched, Row, exact, examined
 
-README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- zoo -->", "<!-- /zoo -->"
 LIMIT = 120.0  # seconds for a class
 PRELOADED = ["torch.export", "transformers.models.llama.modeling_llama", "blockkit.backends.pytorch"]
@@ -184,15 +183,6 @@ def as_json(found: list[Row]) -> dict[str, Any]:
     return {"transformers": transformers.__version__, "torch": torch.__version__, "limits": limits, "classes": classes}
 
 
-def with_table(text: str, made: str) -> str:
-    """A README with another table between its markers."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise SystemExit(f"{README} has no {START} ... {END}")
-    return f"{before}{START}\n\n{made}\n\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*", help="classes whose names match, as Llama*")
@@ -204,11 +194,11 @@ def main() -> None:
     given = parser.parse_args()
     names = [name for name in zoo_models.classes() if fnmatchcase(name, given.only)]
     if given.write:
-        with_table(README.read_text(encoding="utf-8"), "")  # refuses before the work, not after it
+        readme.require(START, END)
     found = rows(names, not given.list, given.jobs, given.limit)
     made = listing(found) if given.list else table(found)
     if given.write and not given.list:
-        README.write_text(with_table(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+        readme.write(START, END, made)
     print(json.dumps(as_json(found), indent=1) if given.json else made)
 
 

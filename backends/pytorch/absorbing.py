@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from blockkit.errors import BadInput, BlockkitError, ExactnessLost, blamed
 from blockkit.lockstep import EPS
 from blockkit.metrics import Comparison, compare
-from blockkit.patch import Patch
 from blockkit.proof import require_exact
 from blockkit.request import MODES
 
@@ -98,8 +97,7 @@ def absorb(
     interface = require_ready(model)
     if tokens not in MODES:
         raise BadInput(f"tokens={tokens!r}; allowed are {', '.join(MODES)}")
-    masks = context_mask, query_mask
-    joined(model, context, query, masks)  # what does not fit is refused before anything runs
+    whole = joined(model, context, query, (context_mask, query_mask))
     kept, held = places(retain, int(context.shape[1])), globs(freeze)
     both = keywords("inputs", inputs)
     decoder = decoder_ids(decoder_input_ids, len(query))
@@ -110,7 +108,7 @@ def absorb(
     own = {**both, **decoder}
     more = {**own, **keywords("context_inputs", context_inputs)}, own
     traced = trace(model, (_of_one(both, len(query)) or None) if example is None else example)
-    runs = _runs(model, context, query, kept, masks, tokens, more, traced.first)
+    runs = _runs(replace(whole, positions=whole.positions + traced.first), query, kept, tokens, more)
     task = _task(runs, strategy, tokens, merge, held)
     capacity = None if task.per_row else runs.reduced.batch * runs.served
     while True:
@@ -138,8 +136,9 @@ def _absorbed(
         patch = absorbed_patch(model, interface, task, solver, tokens, before, runs.reduced)
         with patch.applied(model):
             own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
-        measured = compare(_real(own, runs), _real(wanted, runs))
-        _insist(measured, model, interface, runs, wanted)
+        target_rows = _real(wanted, runs)
+        measured = compare(_real(own, runs), target_rows)
+        _insist(measured, model, interface, runs, target_rows)
     return replace(patch, measured=asdict(measured))
 
 
@@ -174,13 +173,10 @@ def call(model: nn.Module, interface: Interface, prompt: Prompt, keep: int, more
 
 
 def _runs(
-    model: nn.Module, context: Tensor, query: Tensor, kept: Tensor,
-    masks: tuple[Tensor | None, Tensor | None], tokens: str,
-    more: tuple[Mapping[str, Any], Mapping[str, Any]], first: int,
-) -> Runs:  # fmt: skip
-    whole = joined(model, context, query, masks, first)
-    n, q = int(context.shape[1]), int(query.shape[1])
-    device = whole.value.device
+    whole: Prompt, query: Tensor, kept: Tensor, tokens: str, more: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> Runs:
+    q, device = int(query.shape[1]), whole.value.device
+    n = whole.length - q
     reduced = whole.kept(torch.cat([kept.to(device), torch.arange(n, n + q, device=device)]))
     if reduced.mask is not None and bool((reduced.mask.diff(dim=1) < 0).any()):
         raise BadInput(
@@ -278,16 +274,16 @@ def model_dtype(model: nn.Module) -> str:
     return name
 
 
-def _insist(measured: Comparison, model: nn.Module, interface: Interface, runs: Runs, wanted: Tensor) -> None:
+def _insist(measured: Comparison, model: nn.Module, interface: Interface, runs: Runs, wanted: np.ndarray) -> None:
     """Refuses a patch that its own run does not prove; says so if no run could."""
 
     def off(prompt: Prompt, more: Mapping[str, Any]) -> float:
         with torch.no_grad():
-            found = call(model, interface, prompt, wanted.shape[1], more)
-        return compare(_real(found, runs), _real(wanted, runs)).linf
+            found = call(model, interface, prompt, runs.served, more)
+        return compare(_real(found, runs), wanted).linf
 
     try:
-        require_exact(measured, _real(wanted, runs), model_dtype(model), lambda: off(runs.reduced, runs.more[1]))
+        require_exact(measured, wanted, model_dtype(model), lambda: off(runs.reduced, runs.more[1]))
     except ExactnessLost:
         if again := off(runs.contextual, runs.more[0]):
             raise ExactnessLost(
@@ -295,6 +291,3 @@ def _insist(measured: Comparison, model: nn.Module, interface: Interface, runs: 
                 f"(the patched one by {measured.linf:.3g}): it draws at random, or remembers earlier runs"
             ) from None
         raise
-
-
-__all__ = ["Patch", "absorb"]

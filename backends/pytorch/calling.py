@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,16 +148,11 @@ def _read_by_ids(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
         if isinstance(table, nn.Embedding) and args and tuple(args[0].flatten().tolist()) == PATTERN:
             found.append(table.num_embeddings)
 
-    hooks = [table.register_forward_pre_hook(hook) for table in tables]
-    try:
-        with torch.no_grad():
-            args, kwargs = Interface.of(model).inputs(ids)
-            model(*args, **kwargs)
-    except Exception:  # the model needs more than ids: its tables still say which of them read them
-        pass
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), suppress(Exception):  # a model that needs more shows its tables too
+        for table in tables:
+            hooks.enter_context(table.register_forward_pre_hook(hook))
+        args, kwargs = Interface.of(model).inputs(ids)
+        model(*args, **kwargs)
     return found[0] if found else None
 
 

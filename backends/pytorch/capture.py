@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,13 +161,11 @@ def _longest(model: nn.Module, run: Callable[[], Any]) -> list[int]:
                 counts[out.shape[-2]] = counts.get(out.shape[-2], 0) + 1
             return
 
-    hooks = [m.register_forward_hook(hook) for path, m in model.named_modules() if NUMBERED.match(path)]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            if NUMBERED.match(path):
+                hooks.enter_context(module.register_forward_hook(hook))
+        run()
     return sorted(counts, key=lambda size: -counts[size])
 
 
@@ -203,16 +201,11 @@ def _observed(model: nn.Module, run: Callable[[], Any], tokens: int) -> list[Cal
 
         return hook
 
-    hooks = []
-    for path, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after(path), with_kwargs=True))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after(path), with_kwargs=True))
+        run()
     return [c for c in found if c is not None]
 
 

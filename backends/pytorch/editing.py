@@ -232,15 +232,16 @@ def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt
                 "model outside of it"
             )
     values = {name: _finite(name, slot, patch) for name, slot in slots.items()}
-    originals = {slot.parameter: slot.whole.data for slot in slots.values()}
+    by_parameter = _by_parameter(slots)
+    originals = {parameter: own[0].whole.data for parameter, own in by_parameter.items()}
     try:
-        for parameter in originals:
-            _put(_one(slots, parameter).whole, _whole(slots, parameter, values))
+        for own in by_parameter.values():
+            _put(own[0].whole, _whole(own, values))
         rows = [row(s, patch.changes[n], "merged", _difference(s.tensor, values[n])) for n, s in slots.items()]
         _APPLIED.setdefault(model, []).append(Applied(patch, lambda model: _restore(model, originals)))
     except BaseException:
         for parameter, original in originals.items():
-            _put(_one(slots, parameter).whole, original)
+            _put(by_parameter[parameter][0].whole, original)
         raise
     return Receipt(tuple(rows), patch.validity)
 
@@ -252,20 +253,21 @@ def _finite(name: str, slot: Slot, patch: Patch) -> Tensor:
     return value
 
 
-def _one(slots: Mapping[str, Slot], parameter: str) -> Slot:
-    """A slot of the parameter: all of them hold the same tensor."""
-    return next(slot for slot in slots.values() if slot.parameter == parameter)
+def _by_parameter(slots: Mapping[str, Slot]) -> dict[str, list[Slot]]:
+    """The slots of each parameter: itself, or slices of it."""
+    found: dict[str, list[Slot]] = {}
+    for slot in slots.values():
+        found.setdefault(slot.parameter, []).append(slot)
+    return found
 
 
-def _whole(slots: Mapping[str, Slot], parameter: str, values: Mapping[str, Tensor]) -> Tensor:
-    """The parameter's new numbers: the slot's own, or the stack with its changed slices."""
-    mine = {name: slot for name, slot in slots.items() if slot.parameter == parameter}
-    first = next(iter(mine))
-    if mine[first].index is None:
-        return values[first]
-    stack = mine[first].whole.detach().clone()
-    for name, slot in mine.items():
-        stack[slot.index] = values[name]
+def _whole(slots: list[Slot], values: Mapping[str, Tensor]) -> Tensor:
+    """A parameter's new numbers: those of its slot, or the stack with its changed slices."""
+    if slots[0].index is None:
+        return values[slots[0].name]
+    stack = slots[0].whole.detach().clone()
+    for slot in slots:
+        stack[slot.index] = values[slot.name]
     return stack
 
 
@@ -365,9 +367,7 @@ class Factored:
 
 
 def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
-    by_parameter: dict[str, dict[int | None, Slot]] = {}
-    for slot in slots.values():
-        by_parameter.setdefault(slot.parameter, {})[slot.index] = slot
+    by_parameter = {name: {slot.index: slot for slot in own} for name, own in _by_parameter(slots).items()}
     handler = Factored(patch, by_parameter)
     restore = intercept(model, list(by_parameter), handler)
     try:

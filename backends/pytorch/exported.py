@@ -237,6 +237,3 @@ def _result(program: Any, call: Call, nodes: list[fx.Node]) -> fx.Node:
         if isinstance(node, fx.Node) and tuple(getattr(node.meta.get("val"), "shape", ())) == shape:
             return node
     raise BadInput(f"the block {call.path}: its exported program does not give the residual stream")
-
-
-__all__ = ["Exported", "export"]

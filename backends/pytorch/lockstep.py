@@ -164,9 +164,8 @@ class Solver(Watcher):
             return
         mine, wanted = (seen[place].shown[STREAM] for seen in (self.seen, self.target))
         graph = self.traced.blocks[place].graph
-        if chosen.plan.graph.input == graph.input and _apart(mine, wanted, self.task.ignored) > max(
-            SAME, 8 * EPS[self.dtype]
-        ):
+        differs = _apart(mine, wanted, self.task.ignored) > max(SAME, 8 * EPS[self.dtype])
+        if differs and chosen.plan.graph.input == graph.input:
             block = self.traced.blocks[place]
             found = _chosen(in_context(graph), block.taps, self.task, self.capacity)
             if isinstance(found, NotPatchable):
@@ -178,16 +177,16 @@ class Solver(Watcher):
         self.using[place] = chosen
 
     def left(self, place: int, stream: Tensor, again: Again) -> Tensor | None:
-        """See `Watcher`; carries out a plan that needed the whole block, and measures what the patched block misses."""
+        """See `Watcher`; carries out a plan that needed the whole block."""
         super().left(place, stream, again)
         chosen, found = self.using.get(place), None
-        for step in chosen.plan.route.steps if chosen is not None and chosen.late else ():
-            if chosen is not None:
+        if chosen is not None and chosen.late:
+            self.strategies.add(chosen.plan.strategy)
+            for step in chosen.plan.route.steps:
                 self._solve(chosen, step)
-                self.strategies.add(chosen.plan.strategy)
-            self.seen[place] = Seen({STREAM: self.seen[place].shown[STREAM]})
-            found = again()
-            super().left(place, found, again)
+                self.seen[place] = Seen({STREAM: self.seen[place].shown[STREAM]})
+                found = again()
+                super().left(place, found, again)
         if self.stop and place == len(self.traced.blocks) - 1:
             raise Finished
         return found

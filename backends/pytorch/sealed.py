@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
 from typing import Any
@@ -89,13 +89,11 @@ def seal(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
         return hook
 
-    hooks = [m.register_forward_pre_hook(note(p), with_kwargs=True) for p, m in twin.named_modules() if p]
-    try:
-        with torch.no_grad(), SinglePrecision():
-            twin(*args, **kwargs)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), SinglePrecision():
+        for path, module in twin.named_modules():
+            if path:
+                hooks.enter_context(module.register_forward_pre_hook(note(path), with_kwargs=True))
+        twin(*args, **kwargs)
     blocked = _blocked("", calls)
     for path in blocked:
         twin.set_submodule(path, Sealed(*calls[path]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,13 +171,9 @@ def _hooked(
         return hook
 
     modules = dict(model.named_modules())
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for block in {b.path: b for b in traced.blocks}.values():
             module = modules[block.path]
-            hooks.append(module.register_forward_pre_hook(before(block), with_kwargs=True, prepend=True))
-            hooks.append(module.register_forward_hook(after(block), with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(before(block), with_kwargs=True, prepend=True))
+            hooks.enter_context(module.register_forward_hook(after(block), with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
