@@ -12,9 +12,9 @@ Nothing heavy is imported here; frameworks only where a backend is asked for.
 """
 
 from .api import check, explain, load, plan, replace_constants, schema
-from .architecture import Architecture, Block, Embedding, Head, Layers
-from .compare import compare
-from .components import (
+from .comparison import compare
+from .design.architecture import Architecture, Block, Embedding, Head, Layers
+from .design.components import (
     MLP,
     Activation,
     Add,
@@ -42,21 +42,14 @@ from .components import (
     Softmax,
     stream,
 )
-from .controls import controls
-from .custom import solves
-from .errors import (
-    BadInput,
-    BlockkitError,
-    ConditionViolated,
-    ExactnessLost,
-    MissingDependency,
-    NotPatchable,
-)
-from .graph import Graph, Node, Parameter
-from .patch import Patch
-from .plan import Plan
-from .verdict import Verdict
-from .verify import Verification, verify
+from .errors import BadInput, BlockkitError, ConditionViolated, ExactnessLost, MissingDependency, NotPatchable
+from .graph.graph import Graph, Node, Parameter
+from .graph.ops.declaration import solves
+from .patch.patch import Patch
+from .planner.controls import controls
+from .planner.plan import Plan
+from .planner.verdict import Verdict
+from .trials.verify import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -7,19 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import catalog
-from .architecture import Architecture, Block
-from .components import Component
+from .design import catalog
+from .design.architecture import Architecture, Block
+from .design.components import Component
+from .design.spec import architecture_from, graph_from, read_document, schema
 from .errors import BadInput
-from .explain import Explanation
-from .explain import explain as explain_verdict
-from .graph import Graph
-from .in_place import backend_of
-from .plan import Plan, make_plan
-from .route import Obstruction
-from .sizes import Capacity
-from .spec import architecture_from, graph_from, read_document, schema
-from .verdict import Verdict, judge
+from .graph.graph import Graph
+from .graph.sizes import Capacity
+from .patch.in_place import backend_of
+from .planner.explain import Explanation
+from .planner.explain import explain as explain_verdict
+from .planner.plan import Plan, make_plan
+from .planner.route import Obstruction
+from .planner.verdict import Verdict, judge
 
 __all__ = ["check", "explain", "load", "plan", "replace_constants", "schema"]
 
@@ -63,7 +63,7 @@ def load(spec: Spec, components: Components = ()) -> Architecture | Graph:
 
 def _from_path(text: str, components: Components) -> Architecture | Graph:
     if text.startswith("hf:"):
-        from .checkpoint import architecture_from_config
+        from .checkpoint.model import architecture_from_config
 
         return architecture_from_config(Path(text.removeprefix("hf:")))
     path = Path(text)

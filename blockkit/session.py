@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .algorithm import Absorbed, Progress, absorb
-from .checkpoint import Model, open_model
-from .errors import BadInput
-from .measure import Reference, measure
-from .opening import default_backend, open_executor
-from .patch import Patch
-from .request import Request
-from .weights.cache import resolve_model
-from .weights.tokenizer import load_tokenizer
+from .absorbing.algorithm import Absorbed, absorb
+from .absorbing.backends import default_backend, open_executor
+from .absorbing.measure import Reference, measure
+from .absorbing.request import Request
+from .checkpoint.model import open_checkpoint
+from .checkpoint.tokenizer import load_tokenizer
+from .patch.patch import Patch
+from .progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Session:
     def __init__(
         self, model: str, backend: str | None = None, dtype: str = "float32", progress: Progress | None = None
     ) -> None:
-        report = progress or _silent
+        report = progress or silent
         start = time.perf_counter()
         self.backend, self.dtype = default_backend() if backend is None else backend, dtype
         self.model = open_checkpoint(model, report)
@@ -73,9 +72,9 @@ class Session:
 
         Raises:
             BadInput: an empty text, or one longer than the model's window.
-            NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.algorithm.absorb`.
+            NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.absorbing.algorithm.absorb`.
         """
-        report = progress or _silent
+        report = progress or silent
         ids = self.tokenizer.encode(context, special=True), self.tokenizer.encode(query, special=False)
         request = Request(np.array(ids[0], int), np.array(ids[1], int), tokens)
         absorbed = absorb(self.executor, request, strategy, report)
@@ -84,22 +83,3 @@ class Session:
         reference = measure(self.executor, absorbed)
         seconds = {**self.seconds, **absorbed.seconds, "measure": time.perf_counter() - start}
         return Result(absorbed, reference, Patch.of(absorbed, self.model, self.dtype), seconds)
-
-
-def open_checkpoint(model: str, progress: Progress | None = None) -> Model:
-    """A model by name or path; a GGUF is converted once and cached.
-
-    Raises:
-        BadInput: nothing of that name or path can be opened.
-    """
-    if not model.strip():
-        raise BadInput("the model's name is empty: give a .gguf file, a Hugging Face folder, or gemma3-270m")
-    try:
-        folder = resolve_model(model, progress or _silent)
-    except RuntimeError as error:  # ~somebody
-        raise BadInput(f"the model {model!r}: {error}") from None
-    return open_model(folder)
-
-
-def _silent(stage: str, fraction: float) -> None:
-    """The progress of those who do not ask for any."""

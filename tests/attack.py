@@ -14,14 +14,14 @@ import numpy as np
 from designs import seeded
 from solver import Attack, Instance
 
-from blockkit import trial
+from blockkit.design.spec import Place, graph_from
 from blockkit.errors import ConditionViolated
-from blockkit.graph import Graph
-from blockkit.laws import Kind
-from blockkit.plan import Plan, offers
-from blockkit.planner import Planner, Route
-from blockkit.spec import Place, graph_from
-from blockkit.verdict import Verdict, judge
+from blockkit.graph.graph import Graph
+from blockkit.graph.laws import Kind
+from blockkit.planner.plan import Plan, offers
+from blockkit.planner.planner import Planner, Route
+from blockkit.planner.verdict import Verdict, judge
+from blockkit.trials import trial
 
 EXACT = 1e-9  # the relative L-inf error that a yes promises in float64
 FAILED = 1e-6  # a solver that stays above has not reproduced the block

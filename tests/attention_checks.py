@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from blockkit.arrays import Arrays, NumpyArrays
-from blockkit.evaluate import evaluate
-from blockkit.graph import Graph
-from blockkit.layout import Layout
-from blockkit.mixing import MixingOp
-from blockkit.spec import architecture_from, parse_document
+from blockkit.design.spec import architecture_from, parse_document
+from blockkit.graph.arrays import Arrays, NumpyArrays
+from blockkit.graph.evaluate import evaluate
+from blockkit.graph.graph import Graph
+from blockkit.graph.ops.mixing import MixingOp
+from blockkit.graph.packing import Packing
 
 WIDTH, MEMORY, MEMORY_WIDTH = 32, 9, 20
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 32}
@@ -103,20 +103,20 @@ def signals(tokens: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(tokens, WIDTH)), rng.normal(size=(MEMORY, MEMORY_WIDTH))
 
 
-def run(graph: Graph, xp: Arrays, parameters: Any, x: Any, layout: Layout) -> Any:
+def run(graph: Graph, xp: Arrays, parameters: Any, x: Any, packing: Packing) -> Any:
     """The block's result, `[tokens, width]`."""
     node = next(n for n in graph.nodes if isinstance(n.op, MixingOp))
 
-    def mixer(node: Any, args: list[Any], at: Layout) -> Any:
+    def mixer(node: Any, args: list[Any], at: Packing) -> Any:
         return node.op.mix(xp, args, at, at.past.get(node.name))
 
     wants = [graph.output, node.name]
-    return evaluate(graph, xp, parameters, {graph.input: x}, wants, layout, mixer=mixer)[graph.output]
+    return evaluate(graph, xp, parameters, {graph.input: x}, wants, packing, mixer=mixer)[graph.output]
 
 
 def alone(graph: Graph, parameters: Any, x: np.ndarray, at: np.ndarray, memory: np.ndarray) -> np.ndarray:
     """One sequence by itself."""
-    found: np.ndarray = run(graph, NumpyArrays(), parameters, x, Layout(at, (len(x),), memory=(memory,)))
+    found: np.ndarray = run(graph, NumpyArrays(), parameters, x, Packing(at, (len(x),), memory=(memory,)))
     return found
 
 
@@ -132,12 +132,12 @@ def on_keras() -> dict[str, float]:
         x, memory = signals(sum(segments))
 
         def compiled(stored: Any, x: Any, at: Any, memory: Any, graph: Graph = graph) -> Any:
-            return run(graph, xp, stored, x, Layout(at, segments, memory=(memory, memory[:5])))
+            return run(graph, xp, stored, x, Packing(at, segments, memory=(memory, memory[:5])))
 
         stored = {n: xp.asarray(p, "float32") for n, p in parameters.items()}
         given = (xp.asarray(x, "float32"), xp.asarray(at, "int32"), xp.asarray(memory, "float32"))
         theirs = xp.to_numpy(xp.jit(compiled)(stored, *given))
-        ours = run(graph, NumpyArrays(), parameters, x, Layout(at, segments, memory=(memory, memory[:5])))
+        ours = run(graph, NumpyArrays(), parameters, x, Packing(at, segments, memory=(memory, memory[:5])))
         found[name] = float(np.abs(theirs - ours).max() / np.abs(ours).max())
     return found
 

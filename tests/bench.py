@@ -28,11 +28,12 @@ def prepare(backend: str) -> tuple[Callable[[], Any], Callable[[str], Any]]:
     """The plain forward and the absorption, on the real Gemma 3 270M."""
     import numpy as np
 
-    from blockkit import algorithm
-    from blockkit.checkpoint import open_model
-    from blockkit.opening import open_executor
-    from blockkit.run import logits_of, run_stream
-    from blockkit.weights import load_tokenizer, resolve_model
+    from blockkit.absorbing import algorithm
+    from blockkit.absorbing.backends import open_executor
+    from blockkit.absorbing.run import logits_of, run_stream
+    from blockkit.checkpoint.cache import resolve_model
+    from blockkit.checkpoint.model import open_model
+    from blockkit.checkpoint.tokenizer import load_tokenizer
 
     model = open_model(resolve_model("gemma3-270m"))
     executor = open_executor(model, backend, "float32")

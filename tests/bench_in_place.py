@@ -30,8 +30,8 @@ def prepared() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from blockkit.weights.cache import resolve_model
-    from blockkit.weights.tokenizer import load_tokenizer
+    from blockkit.checkpoint.cache import resolve_model
+    from blockkit.checkpoint.tokenizer import load_tokenizer
 
     folder = resolve_model("gemma3-270m")
     text = " ".join(PROSE.format(i=i, w=w) for i in range(80) for w in ("stone", "river", "cloud"))

@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from blockkit import algorithm, lockstep
-from blockkit.checkpoint import Model, open_model
+from blockkit.absorbing import algorithm, lockstep
+from blockkit.absorbing.backends import open_executor
+from blockkit.absorbing.executor import Executor
+from blockkit.absorbing.measure import measure
+from blockkit.absorbing.metrics import compare
+from blockkit.absorbing.request import Request
+from blockkit.absorbing.run import logits_of, run_stream
+from blockkit.checkpoint.cache import resolve_model
+from blockkit.checkpoint.model import Model, open_model
+from blockkit.checkpoint.tokenizer import load_tokenizer
 from blockkit.errors import BlockkitError
-from blockkit.executor import Executor
-from blockkit.measure import measure
-from blockkit.metrics import compare
-from blockkit.opening import open_executor
-from blockkit.overlay import Change, MatrixChange, VectorChange
-from blockkit.plan import STRATEGIES
-from blockkit.planner import Step
-from blockkit.request import Request
-from blockkit.run import logits_of, run_stream
-from blockkit.weights import load_tokenizer, resolve_model
+from blockkit.graph.changes import Change, MatrixChange, VectorChange
+from blockkit.planner.plan import STRATEGIES
+from blockkit.planner.planner import Step
 
 Record = dict[str, Any]
 
@@ -67,7 +68,7 @@ def tiny_model(family: str, folder: Path) -> Model:
     """A checkpoint with random weights, written tensor by tensor in the family's own names."""
     from safetensors.numpy import save_file
 
-    from blockkit.checkpoint import from_config, slots
+    from blockkit.checkpoint.model import from_config, slots
 
     config = {"model_type": family, **TINY[family]}
     architecture, conventions = from_config(config, "tiny")

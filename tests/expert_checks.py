@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from blockkit.arrays import Arrays, NumpyArrays
-from blockkit.evaluate import evaluate
-from blockkit.graph import Graph
-from blockkit.layout import Layout
-from blockkit.spec import architecture_from, parse_document
+from blockkit.design.spec import architecture_from, parse_document
+from blockkit.graph.arrays import Arrays, NumpyArrays
+from blockkit.graph.evaluate import evaluate
+from blockkit.graph.graph import Graph
+from blockkit.graph.packing import Packing
 
 WIDTH, HIDDEN = 12, 5
 
@@ -64,8 +64,8 @@ def _graph(nodes: dict[str, Any], output: str) -> Graph:
 
 def run(graph: Graph, parameters: Any, x: Any, xp: Arrays | None = None) -> Any:
     """The result of the experts alone, `[tokens, width]`."""
-    layout = Layout(np.arange(x.shape[0]), (x.shape[0],))
-    return evaluate(graph, xp or NumpyArrays(), parameters, {graph.input: x}, [graph.output], layout)[graph.output]
+    packing = Packing(np.arange(x.shape[0]), (x.shape[0],))
+    return evaluate(graph, xp or NumpyArrays(), parameters, {graph.input: x}, [graph.output], packing)[graph.output]
 
 
 def drawn(graph: Graph, seed: int = 0, tokens: int = 40) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -96,12 +96,12 @@ def on_keras() -> dict[str, float]:
 
 def absorbed_on_keras(checkpoint: Path) -> dict[str, Any]:
     """Errors of the edited model's own run, and the most experts that any layer changes for a token."""
-    from blockkit import algorithm
+    from blockkit.absorbing import algorithm
+    from blockkit.absorbing.measure import measure
+    from blockkit.absorbing.request import Request
     from blockkit.backends.keras.executor import open_jax
-    from blockkit.checkpoint import open_model
-    from blockkit.measure import measure
-    from blockkit.overlay import MatrixChange
-    from blockkit.request import Request
+    from blockkit.checkpoint.model import open_model
+    from blockkit.graph.changes import MatrixChange
 
     model = open_model(checkpoint)
     executor = open_jax(model)

@@ -15,7 +15,7 @@ import numpy as np
 
 def main(folder: Path, names: list[str]) -> None:
     from blockkit.backends.keras import build, load_weights
-    from blockkit.checkpoint import open_model
+    from blockkit.checkpoint.model import open_model
 
     ids = np.load(folder / "ids.npy")[None].astype("int32")
     for name in names:

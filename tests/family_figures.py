@@ -13,8 +13,8 @@ import numpy as np
 from test_families import CASES, IDS, POSITIONS, Family, relative
 from test_keras_model import python
 
-from blockkit.executor import reference
-from blockkit.run import logits_of, run_stream
+from blockkit.absorbing.executor import reference
+from blockkit.absorbing.run import logits_of, run_stream
 
 HEAD = ("case", "model type", "float64 reference", "float32 Keras on JAX", "absorb: worst patched / floor",
         "least unpatched / floor")  # fmt: skip

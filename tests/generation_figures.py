@@ -22,11 +22,11 @@ import torch
 from conformance import PROMPTS
 from transformers import AutoModelForCausalLM
 
-from blockkit.backends.pytorch.experiment import TransformersExperiment
+from blockkit.absorbing.generation import Settings
+from blockkit.backends.pytorch.generating.experiment import TransformersExperiment
+from blockkit.checkpoint.cache import resolve_model
+from blockkit.checkpoint.tokenizer import load_tokenizer
 from blockkit.errors import BlockkitError
-from blockkit.generation import Settings
-from blockkit.weights.cache import resolve_model
-from blockkit.weights.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "generation.json"

@@ -45,7 +45,7 @@ def write_checkpoint(family: str, folder: Path) -> None:
     """A random checkpoint in the Hugging Face layout, made without any framework."""
     from safetensors.numpy import save_file
 
-    from blockkit.checkpoint import from_config, slots
+    from blockkit.checkpoint.model import from_config, slots
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[family]), encoding="utf-8")
@@ -71,7 +71,7 @@ def tokens(seed: int, batch: int = BATCH) -> np.ndarray:
 def filled(family: str, folder: Path) -> tuple[Any, Any]:
     """The checkpoint, and a Keras model with its weights."""
     from blockkit.backends.keras import build, load_weights
-    from blockkit.checkpoint import open_model
+    from blockkit.checkpoint.model import open_model
 
     source = open_model(folder / family)
     model = build(source.architecture)
@@ -88,9 +88,9 @@ def values(tensor: Any) -> np.ndarray:
 def check_forward(family: str, folder: Path) -> dict[str, Any]:
     """The summary, the largest difference from the reference in float32, and the saved file."""
     source, model = filled(family, folder)
+    from blockkit.absorbing.executor import reference
+    from blockkit.absorbing.run import logits_of, run_stream
     from blockkit.backends.keras import executor
-    from blockkit.executor import reference
-    from blockkit.run import logits_of, run_stream
 
     ids = tokens(1)
     offsets = np.arange(BATCH, dtype="int32")[:, None] * 5
@@ -182,7 +182,7 @@ def check_shared(family: str, folder: Path) -> dict[str, Any]:
     import keras
 
     from blockkit.backends.keras import build
-    from blockkit.checkpoint import open_model
+    from blockkit.checkpoint.model import open_model
 
     plain = open_model(folder / family).architecture
     blocks = {k: replace(b, tied=("mlp.down_proj",)) for k, b in plain.blocks.items()}
@@ -209,7 +209,7 @@ def check_dtype(family: str, folder: Path) -> dict[str, Any]:
     import keras
 
     from blockkit.backends.keras import build
-    from blockkit.checkpoint import open_model
+    from blockkit.checkpoint.model import open_model
 
     model = build(open_model(folder / family).architecture, "bfloat16")
     model.save(folder / "narrow.keras")
@@ -223,9 +223,9 @@ def check_dtype(family: str, folder: Path) -> dict[str, Any]:
 
 def cross_entropy(family: str, folder: Path, ids: np.ndarray, targets: np.ndarray) -> float:
     """The mean loss by the reference executor, in float64."""
-    from blockkit.checkpoint import open_model
-    from blockkit.executor import reference
-    from blockkit.run import logits_of, run_stream
+    from blockkit.absorbing.executor import reference
+    from blockkit.absorbing.run import logits_of, run_stream
+    from blockkit.checkpoint.model import open_model
 
     oracle, total = reference(open_model(folder / family), "float64"), []
     for row, wanted in zip(ids, targets, strict=True):
@@ -238,7 +238,7 @@ def cross_entropy(family: str, folder: Path, ids: np.ndarray, targets: np.ndarra
 def check_wrong_backend(family: str, folder: Path) -> dict[str, Any]:
     """The messages of the openers of the backends that Keras is not running on."""
     from blockkit.backends import keras as kit
-    from blockkit.checkpoint import open_model
+    from blockkit.checkpoint.model import open_model
     from blockkit.errors import BadInput
 
     model, messages = open_model(folder / family), {}

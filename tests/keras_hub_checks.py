@@ -158,8 +158,8 @@ def check_all_tokens(family: str, folder: Path) -> dict[str, Any]:
 
 def check_sharing(family: str, folder: Path) -> dict[str, Any]:
     """A variable that changes is seen by an executor that was opened before, which holds no weight of its own."""
+    from blockkit.absorbing.run import logits_of, run_stream
     from blockkit.backends.keras.hub import open_hub, own_logits
-    from blockkit.run import logits_of, run_stream
 
     model, (_, query) = build(family), ids()
     executor = open_hub(model)

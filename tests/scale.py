@@ -9,9 +9,9 @@ from contextlib import suppress
 
 from blockkit import api
 from blockkit.errors import NotPatchable
-from blockkit.graph import Graph, Node, Parameter
-from blockkit.ops import Activation, Add, MatMul, Mix, Multiply, RMSNorm
-from blockkit.sizes import Size
+from blockkit.graph.graph import Graph, Node, Parameter
+from blockkit.graph.ops import Activation, Add, MatMul, Mix, Multiply, RMSNorm
+from blockkit.graph.sizes import Size
 
 NARROW, WIDE = Size.of(8), Size.of(16)
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import readme
 
-from blockkit import catalog
+from blockkit.design import catalog
+from blockkit.design.reference import components_json
 from blockkit.errors import BadInput, NotPatchable
-from blockkit.graph import Graph
-from blockkit.handbook import components_json
-from blockkit.plan import make_plan
-from blockkit.route import Route
-from blockkit.verdict import Verdict, judge
+from blockkit.graph.graph import Graph
+from blockkit.planner.plan import make_plan
+from blockkit.planner.route import Route
+from blockkit.planner.verdict import Verdict, judge
 
 ANSWERS = {True: "yes", False: "no", None: "unknown"}
 STRATEGIES = ("stable", "minimal", "matrix", "paper")

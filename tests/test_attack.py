@@ -15,8 +15,8 @@ import oracle
 import pytest
 from designs import seeded
 
-from blockkit import trial
-from blockkit.verdict import judge
+from blockkit.planner.verdict import judge
+from blockkit.trials import trial
 
 FOUND = json.loads((Path(__file__).parent / "counterexamples.json").read_text())
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from attention_checks import alone
 
-from blockkit.architecture import Block
-from blockkit.arrays import NumpyArrays
-from blockkit.components import Attention, Linear, RopeSettings, stream
+from blockkit.design.architecture import Block
+from blockkit.design.components import Attention, Linear, RopeSettings, stream
 from blockkit.errors import BadInput
-from blockkit.evaluate import evaluate
-from blockkit.layout import Layout, Past
-from blockkit.sizes import Size
+from blockkit.graph.arrays import NumpyArrays
+from blockkit.graph.evaluate import evaluate
+from blockkit.graph.packing import Packing, Past
+from blockkit.graph.sizes import Size
 
 NP = NumpyArrays()
 
@@ -33,7 +33,7 @@ def test_a_packed_run_is_each_sequence_alone(kind: str) -> None:
     graph = checks.block_of(kind)
     parameters, (x, memory) = checks.parameters_of(graph), checks.signals(19)
     at = np.concatenate([np.arange(12), np.arange(7) + 5])
-    packed = checks.run(graph, NP, parameters, x, Layout(at, (12, 7), memory=(memory, memory[:4])))
+    packed = checks.run(graph, NP, parameters, x, Packing(at, (12, 7), memory=(memory, memory[:4])))
     each = [alone(graph, parameters, x[:12], at[:12], memory), alone(graph, parameters, x[12:], at[12:], memory[:4])]
     assert packed == pytest.approx(np.concatenate(each), abs=1e-13)
     mixed_up = alone(graph, parameters, x, np.arange(19), memory)
@@ -46,12 +46,12 @@ def test_remembered_rows_are_rows_of_the_run(kind: str) -> None:
     parameters, (x, memory) = checks.parameters_of(graph), checks.signals(15)
     at = np.arange(15)
     (node,) = [n for n in graph.nodes if n.op.mixing]
-    before = Layout(at[:first], (first,), memory=(memory,))
+    before = Packing(at[:first], (first,), memory=(memory,))
     signals = [a for a in node.args if a not in graph.parameter]
     rows = evaluate(graph, NP, parameters, {graph.input: x[:first]}, signals, before)
     past = {node.name: Past(tuple(rows[a] for a in signals), at[:first])}
-    layout = Layout(np.concatenate([at[first:], at[:first]]), (15 - first, first), past, (memory, memory))
-    found = checks.run(graph, NP, parameters, np.concatenate([x[first:], x[:first]]), layout)
+    packing = Packing(np.concatenate([at[first:], at[:first]]), (15 - first, first), past, (memory, memory))
+    found = checks.run(graph, NP, parameters, np.concatenate([x[first:], x[:first]]), packing)
     assert found[: 15 - first] == pytest.approx(alone(graph, parameters, x, at, memory)[first:], abs=1e-13)
     assert found[15 - first :] == pytest.approx(alone(graph, parameters, x[:first], at[:first], memory), abs=1e-13)
 
@@ -96,7 +96,7 @@ def test_long_sequences_go_in_slices(kind: str, monkeypatch: pytest.MonkeyPatch)
     graph = checks.block_of(kind)
     parameters, (x, memory) = checks.parameters_of(graph), checks.signals(11)
     whole = alone(graph, parameters, x, np.arange(11), memory)
-    monkeypatch.setattr("blockkit.mixers.scoring.MOST_SCORES", 3 * 4 * 11)
+    monkeypatch.setattr("blockkit.graph.mixers.scoring.MOST_SCORES", 3 * 4 * 11)
     assert alone(graph, parameters, x, np.arange(11), memory) == pytest.approx(whole, abs=1e-13)
 
 
@@ -125,9 +125,9 @@ def test_cross_attention_asks_for_a_memory_of_its_width() -> None:
     graph = checks.block_of("cross")
     parameters, (x, memory) = checks.parameters_of(graph), checks.signals(5)
     with pytest.raises(BadInput, match=r"give `memory`.*for each of the 1 sequence"):
-        checks.run(graph, NP, parameters, x, Layout(np.arange(5), (5,)))
+        checks.run(graph, NP, parameters, x, Packing(np.arange(5), (5,)))
     with pytest.raises(BadInput, match="memory has width 7; cross_attend reads 20"):
-        checks.run(graph, NP, parameters, x, Layout(np.arange(5), (5,), memory=(memory[:, :7],)))
+        checks.run(graph, NP, parameters, x, Packing(np.arange(5), (5,), memory=(memory[:, :7],)))
 
 
 # -- settings that cannot be -------------------------------------------------------------------------

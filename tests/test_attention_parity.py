@@ -9,9 +9,9 @@ import attention_checks as checks
 import numpy as np
 import pytest
 
-from blockkit.mixers.rotary import Rope
-from blockkit.mixers.scoring import RelativeBias, alibi_slopes
-from blockkit.sizes import Size
+from blockkit.graph.mixers.rotary import Rope
+from blockkit.graph.mixers.scoring import RelativeBias, alibi_slopes
+from blockkit.graph.sizes import Size
 
 LIMIT, TOKENS = 1e-12, 40
 State = dict[str, np.ndarray]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from blockkit.cli import main
+from blockkit.cli.main import main
 
 SECONDS = 10.0
 RAW: dict[str, Any] = {

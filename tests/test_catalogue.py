@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockkit import catalog
-from blockkit.graph import Graph
-from blockkit.plan import make_plan, offers
-from blockkit.planner import Planner
-from blockkit.sequence_trial import draw_sequence
-from blockkit.sizes import Size
-from blockkit.trial import solve
-from blockkit.verdict import judge
+from blockkit.design import catalog
+from blockkit.graph.graph import Graph
+from blockkit.graph.sizes import Size
+from blockkit.planner.plan import make_plan, offers
+from blockkit.planner.planner import Planner
+from blockkit.planner.verdict import judge
+from blockkit.trials.sequence import draw_sequence
+from blockkit.trials.trial import solve
 
 LIMIT, SEEN = 1e-9, 1e-3  # relative: a patched block's error at most, an unpatched one's at least
 QUERY = 3

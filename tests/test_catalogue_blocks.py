@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blockkit import catalog
-from blockkit.architecture import Architecture, Block, Embedding, Head
-from blockkit.arrays import NumpyArrays
-from blockkit.components import RMSNorm
-from blockkit.evaluate import evaluate
-from blockkit.executor import Executor
-from blockkit.graph import Graph
-from blockkit.layout import Layout
-from blockkit.run import run_stream
+from blockkit.absorbing.executor import Executor
+from blockkit.absorbing.run import run_stream
+from blockkit.design import catalog
+from blockkit.design.architecture import Architecture, Block, Embedding, Head
+from blockkit.design.components import RMSNorm
+from blockkit.graph.arrays import NumpyArrays
+from blockkit.graph.evaluate import evaluate
+from blockkit.graph.graph import Graph
+from blockkit.graph.packing import Packing
 
 families = pytest.importorskip("families")
 import torch  # noqa: E402
@@ -39,9 +39,9 @@ def state_of(module: Any, prefix: str = "") -> State:
 
 def run_block(graph: Graph, parameters: State, x: np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
     assert {p.name for p in graph.parameters} == parameters.keys()
-    layout = Layout(np.arange(len(x)), (len(x),), memory=() if memory is None else (memory,))
+    packing = Packing(np.arange(len(x)), (len(x),), memory=() if memory is None else (memory,))
     return np.asarray(
-        evaluate(graph, NumpyArrays(), parameters, {graph.input: x}, [graph.output], layout)[graph.output]
+        evaluate(graph, NumpyArrays(), parameters, {graph.input: x}, [graph.output], packing)[graph.output]
     )
 
 

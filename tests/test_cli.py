@@ -16,8 +16,8 @@ from conformance import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import blockkit as bk
-from blockkit import opening
-from blockkit.cli import main
+from blockkit.absorbing import backends as opening
+from blockkit.cli.main import main
 
 TEXTS = ("--context", "w1 w2 w3", "--query", "w4 w5")
 RUN = [sys.executable, "-c", "from blockkit.cli import main; main()"]
@@ -462,7 +462,7 @@ def test_a_patch_that_is_none(cli: CommandLine, gemma: Path, patch: Path, tmp_pa
 def interrupted(stage: str, *words: str | Path) -> tuple[int, str]:
     """Ctrl-C at a stage that is made to last; gives the status and what stderr said after it."""
     slow = f"""
-import blockkit.weights.folder as folder, blockkit.measure as measure, shutil, time, sys
+import blockkit.checkpoint.folder as folder, blockkit.measure as measure, shutil, time, sys
 def linger(*args, **kwargs):
     print("lingering", file=sys.stderr, flush=True)
     time.sleep(60)

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 import blockkit as bk
-from blockkit.cli import app
+from blockkit.cli.main import app
 from blockkit.errors import BadInput
-from blockkit.plan import STRATEGIES
+from blockkit.planner.plan import STRATEGIES
 
 
 def test_both_sides_agree_with_check_and_plan() -> None:

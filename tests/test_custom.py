@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import blockkit as bk
-from blockkit.cli import main
-from blockkit.documents import parse_document
-from blockkit.plan import STRATEGIES
-from blockkit.spec import architecture_from, to_document, write_yaml
-from blockkit.verify import EXACT
+from blockkit.cli.main import main
+from blockkit.design.documents import parse_document
+from blockkit.design.spec import architecture_from, to_document, write_yaml
+from blockkit.planner.plan import STRATEGIES
+from blockkit.trials.verify import EXACT
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 import blockkit as bk
-from blockkit.cli import app
+from blockkit.cli.main import app
 from blockkit.errors import BadInput
-from blockkit.graph import Graph, Node, Parameter
-from blockkit.ops import Activation, Add, LayerNorm, MatMul, Mix, Multiply, Op, RMSNorm, Slice, Softcap
-from blockkit.plan import Plan, make_plan
-from blockkit.sizes import Size
+from blockkit.graph.graph import Graph, Node, Parameter
+from blockkit.graph.ops import Activation, Add, LayerNorm, MatMul, Mix, Multiply, Op, RMSNorm, Slice, Softcap
+from blockkit.graph.sizes import Size
+from blockkit.planner.plan import Plan, make_plan
 from blockkit.views import drawing
 from blockkit.views.drawing import Form, Paint, draw
 from blockkit.views.latex import latex

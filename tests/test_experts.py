@@ -15,24 +15,24 @@ from expert_checks import HIDDEN, KINDS, WIDTH, block_of
 from test_catalogue import SMALL, blocks
 from test_keras_model import python
 
-from blockkit import algorithm
-from blockkit.algorithm import Absorbed
-from blockkit.checkpoint import Model, open_model
+from blockkit.absorbing import algorithm
+from blockkit.absorbing.algorithm import Absorbed
+from blockkit.absorbing.executor import reference
+from blockkit.absorbing.measure import Reference, measure
+from blockkit.absorbing.metrics import compare
+from blockkit.absorbing.request import Request
+from blockkit.checkpoint.model import Model, open_model
 from blockkit.errors import BadInput, ConditionViolated, NotPatchable
-from blockkit.executor import reference
-from blockkit.graph import Graph, Node
-from blockkit.laws import Kind
-from blockkit.measure import Reference, measure
-from blockkit.metrics import compare
-from blockkit.overlay import MatrixChange
-from blockkit.patch import Patch
-from blockkit.plan import make_plan
-from blockkit.request import Request
-from blockkit.routing import TopK
-from blockkit.sequence_trial import SequenceTrial, draw_sequence
-from blockkit.sizes import Size
-from blockkit.trial import Result, solve
-from blockkit.verdict import judge
+from blockkit.graph.changes import MatrixChange
+from blockkit.graph.graph import Graph, Node
+from blockkit.graph.laws import Kind
+from blockkit.graph.ops.routing import TopK
+from blockkit.graph.sizes import Size
+from blockkit.patch.patch import Patch
+from blockkit.planner.plan import make_plan
+from blockkit.planner.verdict import judge
+from blockkit.trials.sequence import SequenceTrial, draw_sequence
+from blockkit.trials.trial import Result, solve
 
 State = dict[str, np.ndarray]
 LIMIT, SEEN = 1e-9, 1e-3  # relative: a patched block's error at most, an unpatched one's at least

@@ -9,19 +9,19 @@ import pytest
 from typer.testing import CliRunner
 
 import blockkit as bk
-from blockkit import changes as changes_module
 from blockkit.api import distinct_graphs
-from blockkit.arrays import NumpyArrays
-from blockkit.changes import Make, edited, smallest_changes
-from blockkit.cli import app
-from blockkit.evaluate import evaluate
-from blockkit.explain import condition_in_words, derivation
-from blockkit.graph import Graph, Node, Parameter
-from blockkit.laws import Condition, Kind
-from blockkit.layout import Layout
-from blockkit.ops import Activation, Add, Concat, MatMul, Mix, Multiply, Op, RMSNorm, Scale, Softcap
-from blockkit.sizes import Size
-from blockkit.verdict import judge
+from blockkit.cli.main import app
+from blockkit.graph.arrays import NumpyArrays
+from blockkit.graph.evaluate import evaluate
+from blockkit.graph.graph import Graph, Node, Parameter
+from blockkit.graph.laws import Condition, Kind
+from blockkit.graph.ops import Activation, Add, Concat, MatMul, Mix, Multiply, Op, RMSNorm, Scale, Softcap
+from blockkit.graph.packing import Packing
+from blockkit.graph.sizes import Size
+from blockkit.planner import unblocking as changes_module
+from blockkit.planner.explain import condition_in_words, derivation
+from blockkit.planner.unblocking import Make, edited, smallest_changes
+from blockkit.planner.verdict import judge
 
 TANH, NORM, MIX, SUM, TIMES = Activation("tanh"), RMSNorm(), Mix(), Add(), MatMul()
 
@@ -117,13 +117,13 @@ def test_a_change_that_keeps_the_function_keeps_it(name: str) -> None:
     graph, rng = DESIGNS[name][0], np.random.default_rng(0)
     numbers = {p.name: rng.normal(size=[int(s.known or 0) for s in p.shape]) for p in graph.parameters}
     known = {"x": rng.normal(size=(3, 4)), "a": rng.normal(size=(3, 4))}
-    layout = Layout(np.arange(3), (3,))
+    packing = Packing(np.arange(3), (3,))
 
     def output(g: Graph) -> np.ndarray:
         sizes = {p.name: int(p.shape[0].known or 0) for p in g.parameters}
         fresh = {n: np.ones(size) if n.endswith("scale") else np.zeros(size) for n, size in sizes.items()}
         stored = {n: numbers.get(n.removesuffix(".own"), fresh[n]) for n in fresh}
-        return np.asarray(evaluate(g, NumpyArrays(), stored, known, [g.output], layout)[g.output])
+        return np.asarray(evaluate(g, NumpyArrays(), stored, known, [g.output], packing)[g.output])
 
     kept = [c for c in smallest_changes(graph).found if c.keeps_function]
     assert kept

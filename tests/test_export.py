@@ -16,16 +16,18 @@ from families import VOCABULARY, Pair, make, some_ids
 from safetensors.numpy import load_file, save_file
 from test_huggingface_parity import GPT2, LLAMA
 
-from blockkit import Patch, adapter, in_place
-from blockkit.adapter import export_peft
-from blockkit.algorithm import absorb
-from blockkit.checkpoint import open_model
-from blockkit.cli import main
+from blockkit import Patch
+from blockkit.absorbing.algorithm import absorb
+from blockkit.absorbing.executor import reference
+from blockkit.absorbing.request import Request
+from blockkit.checkpoint.folder import open_folder, write_folder
+from blockkit.checkpoint.model import open_model
+from blockkit.cli.main import main
 from blockkit.errors import BadInput, BlockkitError, ExactnessLost, NotPatchable
-from blockkit.executor import reference
-from blockkit.overlay import MatrixChange, VectorChange, dense
-from blockkit.request import Request
-from blockkit.weights import open_folder, write_folder
+from blockkit.graph.changes import MatrixChange, VectorChange, dense
+from blockkit.patch import in_place
+from blockkit.patch import peft as adapter
+from blockkit.patch.peft import export_peft
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed to load an adapter")
 pytest.importorskip("peft", reason="peft is needed to load an adapter")

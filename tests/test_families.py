@@ -16,17 +16,17 @@ from safetensors.numpy import load_file, save_file
 from test_huggingface_parity import insist_that_slots_cover
 from test_keras_model import python
 
-from blockkit import algorithm
-from blockkit.algorithm import Absorbed
-from blockkit.checkpoint import Model, from_config, open_model, slots
-from blockkit.configuration import supported
+from blockkit.absorbing import algorithm
+from blockkit.absorbing.algorithm import Absorbed
+from blockkit.absorbing.executor import reference
+from blockkit.absorbing.measure import Reference, measure, recomputed
+from blockkit.absorbing.metrics import compare
+from blockkit.absorbing.request import Request
+from blockkit.absorbing.run import logits_of, run_stream
+from blockkit.checkpoint.configuration import supported
+from blockkit.checkpoint.model import Model, from_config, open_model, slots
 from blockkit.errors import BadInput
-from blockkit.executor import reference
-from blockkit.measure import Reference, measure, recomputed
-from blockkit.metrics import compare
-from blockkit.patch import Patch
-from blockkit.request import Request
-from blockkit.run import logits_of, run_stream
+from blockkit.patch.patch import Patch
 
 IDS = families.some_ids(12)
 POSITIONS = np.arange(len(IDS))

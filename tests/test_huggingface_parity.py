@@ -11,12 +11,12 @@ import pytest
 from families import VOCABULARY, Pair
 from safetensors.numpy import load_file, save_file
 
-from blockkit.checkpoint import Model, architecture_from_config, open_model, slots
-from blockkit.configuration import supported
+from blockkit.absorbing.executor import Executor, reference
+from blockkit.absorbing.run import fill_cache, logits_of, run_stream
+from blockkit.checkpoint.configuration import supported
+from blockkit.checkpoint.folder import open_folder, write_folder
+from blockkit.checkpoint.model import Model, architecture_from_config, open_model, slots
 from blockkit.errors import BadInput
-from blockkit.executor import Executor, reference
-from blockkit.run import fill_cache, logits_of, run_stream
-from blockkit.weights import open_folder, write_folder
 
 LIMIT = 1e-10  # largest difference of two logits in float64; they are of order 1
 TOKENS, OFFSET = 12, 17

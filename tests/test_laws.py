@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import blockkit.solve as solving
-from blockkit import sphere, trial
+import blockkit.solve.step as solving
 from blockkit.errors import ConditionViolated
-from blockkit.graph import Graph, Node, Parameter
-from blockkit.laws import Action
-from blockkit.ops import (
+from blockkit.graph.changes import Change, dense, plus
+from blockkit.graph.graph import Graph, Node, Parameter
+from blockkit.graph.laws import Action
+from blockkit.graph.ops import (
     FUNCTIONS,
     Activation,
     Add,
@@ -31,14 +31,15 @@ from blockkit.ops import (
     Softcap,
     Softmax,
 )
-from blockkit.overlay import Change, dense, plus
-from blockkit.plan import make_plan
-from blockkit.planner import Planner
-from blockkit.reach import Reach
-from blockkit.route import Route, Step
-from blockkit.sizes import Size
-from blockkit.solve import Operands, solve_step
-from blockkit.sphere import closest_unit_rms
+from blockkit.graph.reach import Reach
+from blockkit.graph.sizes import Size
+from blockkit.planner.plan import make_plan
+from blockkit.planner.planner import Planner
+from blockkit.planner.route import Route, Step
+from blockkit.solve import sphere
+from blockkit.solve.sphere import closest_unit_rms
+from blockkit.solve.step import Operands, solve_step
+from blockkit.trials import trial
 
 TOLERANCE = 1e-9
 EPS = 2.0**-53

@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 
 import blockkit as bk
-from blockkit import catalog
-from blockkit.algorithm import absorb
-from blockkit.arrays import NumpyArrays
-from blockkit.checkpoint import open_model
+from blockkit.absorbing.algorithm import absorb
+from blockkit.absorbing.executor import Executor, reference
+from blockkit.absorbing.request import Request
+from blockkit.absorbing.run import fill_cache, logits_of, run_stream
+from blockkit.checkpoint.model import open_model
+from blockkit.design import catalog
 from blockkit.errors import BadInput, ConditionViolated
-from blockkit.evaluate import evaluate
-from blockkit.executor import Executor, reference
-from blockkit.graph import Graph
-from blockkit.layout import Layout, Past
-from blockkit.mixing import MixingOp
-from blockkit.plan import STRATEGIES, make_plan, offers
-from blockkit.planner import Planner
-from blockkit.request import Request
-from blockkit.run import fill_cache, logits_of, run_stream
-from blockkit.sequence_trial import SequenceTrial, draw_sequence
-from blockkit.trial import draw, numbers_of, random_parameters, solve
-from blockkit.verdict import judge
+from blockkit.graph.arrays import NumpyArrays
+from blockkit.graph.evaluate import evaluate
+from blockkit.graph.graph import Graph
+from blockkit.graph.ops.mixing import MixingOp
+from blockkit.graph.packing import Packing, Past
+from blockkit.planner.plan import STRATEGIES, make_plan, offers
+from blockkit.planner.planner import Planner
+from blockkit.planner.verdict import judge
+from blockkit.trials.sequence import SequenceTrial, draw_sequence
+from blockkit.trials.trial import draw, numbers_of, random_parameters, solve
 
 LIMIT = 1e-9  # relative, float64
 TOKENS = 11
@@ -53,9 +53,9 @@ def random_values(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
 
 def run(graph: Graph, parameters: Values, stream: np.ndarray, first: int = 0, node: str = "") -> np.ndarray:
     """The block's output, or another node, for one sequence whose first token stands at `first`."""
-    layout = Layout(np.arange(first, first + len(stream)), (len(stream),))
+    packing = Packing(np.arange(first, first + len(stream)), (len(stream),))
     wanted = node or graph.output
-    return evaluate(graph, ARRAYS, parameters, {graph.input: stream}, [wanted], layout)[wanted]
+    return evaluate(graph, ARRAYS, parameters, {graph.input: stream}, [wanted], packing)[wanted]
 
 
 def some_rows(count: int = TOKENS, width: int = 16, seed: int = 5) -> np.ndarray:
@@ -269,8 +269,8 @@ def test_a_row_takes_the_place_of_its_position() -> None:
     stored = [parameters[a] for a in graph.node["tokens"].args[1:]]
     whole = np.zeros((18, 16))
     whole[6:11] = rows
-    full = op.forward(ARRAYS, [whole, *stored], Layout(np.arange(18), (18,)))
-    assert apart(op.forward(ARRAYS, [rows, *stored], Layout(np.arange(6, 11), (5,))), full[6:11]) <= LIMIT
+    full = op.forward(ARRAYS, [whole, *stored], Packing(np.arange(18), (18,)))
+    assert apart(op.forward(ARRAYS, [rows, *stored], Packing(np.arange(6, 11), (5,))), full[6:11]) <= LIMIT
     with pytest.raises(BadInput, match="18 places"):
         run(graph, parameters, some_rows(19))
 
@@ -290,7 +290,7 @@ def test_pooling_equals_average_pooling() -> None:
 def test_packed_equals_alone(family: str) -> None:
     graph = block(family)
     parameters, stream = random_values(graph), some_rows()
-    packed = Layout(np.concatenate([np.arange(7), np.arange(4)]), (7, 4))
+    packed = Packing(np.concatenate([np.arange(7), np.arange(4)]), (7, 4))
     found = evaluate(graph, ARRAYS, parameters, {graph.input: stream}, [graph.output], packed)[graph.output]
     alone = np.concatenate([run(graph, parameters, part) for part in (stream[:7], stream[7:])])
     assert apart(found, alone) <= LIMIT
@@ -301,7 +301,7 @@ def test_packed_equals_alone(family: str) -> None:
 def test_rows_behind_a_past_equal_those_of_the_full_run(family: str) -> None:
     graph = block(family)
     parameters, stream = random_values(graph), some_rows()
-    everywhere = Layout(np.arange(TOKENS), (TOKENS,))
+    everywhere = Packing(np.arange(TOKENS), (TOKENS,))
     values = evaluate(graph, ARRAYS, parameters, {graph.input: stream}, [graph.input, *graph.node], everywhere)
     mixing = [n for n in graph.nodes if n.op.mixing]
     assert mixing
@@ -310,7 +310,7 @@ def test_rows_behind_a_past_equal_those_of_the_full_run(family: str) -> None:
         signals = node.args[: node.op.signals]
         past = Past(tuple(values[a][:7] for a in signals), np.arange(7))
         args = [values[a][7:] if a in signals else parameters[a] for a in node.args]
-        found = node.op.mix(ARRAYS, args, Layout(np.arange(7, TOKENS), (TOKENS - 7,)), past)
+        found = node.op.mix(ARRAYS, args, Packing(np.arange(7, TOKENS), (TOKENS - 7,)), past)
         assert apart(found, values[node.name][7:]) <= LIMIT
 
 

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import blockkit as bk
-from blockkit import Patch, in_place
+from blockkit import Patch
 from blockkit.errors import BadInput, MissingDependency
-from blockkit.in_place import ChangedParameter, Receipt
-from blockkit.overlay import MatrixChange, VectorChange
+from blockkit.graph.changes import MatrixChange, VectorChange
+from blockkit.patch import in_place
+from blockkit.patch.in_place import ChangedParameter, Receipt
 
 RNG = np.random.default_rng(5)
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blockkit as bk
-from blockkit import catalog, trial
-from blockkit.components import Component, stream
+from blockkit.design import catalog
+from blockkit.design.components import Component, stream
 from blockkit.errors import BadInput, NotPatchable
-from blockkit.graph import Graph, Node, Parameter
-from blockkit.laws import Kind
-from blockkit.ops import (
+from blockkit.graph.graph import Graph, Node, Parameter
+from blockkit.graph.laws import Kind
+from blockkit.graph.ops import (
     Activation,
     Add,
     Concat,
@@ -29,10 +29,11 @@ from blockkit.ops import (
     Softcap,
     Softmax,
 )
-from blockkit.plan import STRATEGIES, make_plan, offers
-from blockkit.planner import Planner
-from blockkit.sizes import Capacity, Size
-from blockkit.verdict import Verdict, judge
+from blockkit.graph.sizes import Capacity, Size
+from blockkit.planner.plan import STRATEGIES, make_plan, offers
+from blockkit.planner.planner import Planner
+from blockkit.planner.verdict import Verdict, judge
+from blockkit.trials import trial
 
 TOLERANCE = 1e-9
 SMALL = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from blockkit.absorbing.metrics import Comparison
+from blockkit.absorbing.proof import require_exact
 from blockkit.errors import ExactnessLost
-from blockkit.metrics import Comparison
-from blockkit.proof import require_exact
 
 LOGITS = np.array([[20.0, -3.0]])
 

@@ -14,7 +14,7 @@ import pytest
 import tables
 
 import blockkit as bk
-from blockkit.spec import architecture_from, graph_from, parse_document
+from blockkit.design.spec import architecture_from, graph_from, parse_document
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

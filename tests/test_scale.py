@@ -36,7 +36,7 @@ print(time.process_time() - start)
 
 
 def test_names_are_found_without_parsing_the_catalogue() -> None:
-    from blockkit import catalog
+    from blockkit.design import catalog
 
     entries = {family: catalog.entry(family) for family in catalog.families()}
     assert catalog.names() == [n for f, e in entries.items() for n in (f, *(f"{f}-{v}" for v in e.variants))]

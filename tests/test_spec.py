@@ -15,15 +15,10 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 import blockkit as bk
-from blockkit import catalog
-from blockkit.architecture import Architecture, Block
-from blockkit.components import COMPONENTS, Component, stream
-from blockkit.errors import BadInput
-from blockkit.graph import Graph, Node, Parameter
-from blockkit.ops import Add, Mix
-from blockkit.plan import STRATEGIES
-from blockkit.sizes import Size
-from blockkit.spec import (
+from blockkit.design import catalog
+from blockkit.design.architecture import Architecture, Block
+from blockkit.design.components import COMPONENTS, Component, stream
+from blockkit.design.spec import (
     OPS,
     Place,
     architecture_from,
@@ -34,6 +29,11 @@ from blockkit.spec import (
     to_document,
     write_yaml,
 )
+from blockkit.errors import BadInput
+from blockkit.graph.graph import Graph, Node, Parameter
+from blockkit.graph.ops import Add, Mix
+from blockkit.graph.sizes import Size
+from blockkit.planner.plan import STRATEGIES
 
 HERE = Path(catalog.__file__).parent
 VALID = jsonschema.Draft202012Validator(bk.schema())

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blockkit.checkpoint.formula import evaluated
+from blockkit.checkpoint.tensor_rules import Part, part_of
 from blockkit.errors import BadInput
-from blockkit.formula import evaluated
-from blockkit.tensor_rules import Part, part_of
 
 E, F, D = 3, 4, 5  # experts, their hidden width, the stream's width
 NAMES = {"experts": E, "f": F, "d": D}

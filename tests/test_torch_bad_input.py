@@ -21,8 +21,8 @@ from torch.nn import functional  # noqa: E402
 
 import blockkit as bk  # noqa: E402
 from blockkit.backends.pytorch import absorb  # noqa: E402
-from blockkit.backends.pytorch import lockstep as lockstep_module  # noqa: E402
-from blockkit.backends.pytorch.sole import sole_use  # noqa: E402
+from blockkit.backends.pytorch.absorbing import lockstep as lockstep_module  # noqa: E402
+from blockkit.backends.pytorch.calling.exclusive import sole_use  # noqa: E402
 from blockkit.errors import BadInput, ConditionViolated, ExactnessLost, NotPatchable  # noqa: E402
 from tests import torch_modules as own  # noqa: E402
 

@@ -18,12 +18,13 @@ transformers = pytest.importorskip("transformers")
 
 from torch import Tensor, nn  # noqa: E402
 
-from blockkit.backends.pytorch import absorb, editing  # noqa: E402
-from blockkit.backends.pytorch.editing import apply, fingerprint, remove, untie  # noqa: E402
-from blockkit.backends.pytorch.parameters import Intercepted  # noqa: E402
+from blockkit.backends.pytorch import absorb  # noqa: E402
+from blockkit.backends.pytorch.editing import editor as editing  # noqa: E402
+from blockkit.backends.pytorch.editing.editor import apply, fingerprint, remove, untie  # noqa: E402
+from blockkit.backends.pytorch.watching.intercepted import Intercepted  # noqa: E402
 from blockkit.errors import BadInput  # noqa: E402
-from blockkit.overlay import MatrixChange, VectorChange, dense  # noqa: E402
-from blockkit.patch import Patch  # noqa: E402
+from blockkit.graph.changes import MatrixChange, VectorChange, dense  # noqa: E402
+from blockkit.patch.patch import Patch  # noqa: E402
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from blockkit.backends.pytorch import trace  # noqa: E402
-from blockkit.backends.pytorch.calling import Interface, vocabulary  # noqa: E402
-from blockkit.backends.pytorch.rows import TOKENS_FIRST, batch_rows  # noqa: E402
-from blockkit.graph import Graph  # noqa: E402
-from blockkit.ops import LayerNorm, RMSNorm, Scale  # noqa: E402
+from blockkit.backends.pytorch.calling.interface import Interface, vocabulary  # noqa: E402
+from blockkit.backends.pytorch.calling.token_rows import TOKENS_FIRST, batch_rows  # noqa: E402
+from blockkit.graph.graph import Graph  # noqa: E402
+from blockkit.graph.ops import LayerNorm, RMSNorm, Scale  # noqa: E402
 from tests import torch_modules as own  # noqa: E402
 
 D = own.D

@@ -24,14 +24,14 @@ from test_torch_editing import hashes
 from torch import Tensor, nn
 from torch_modules import LanguageModel, LayerScale, drawn
 
-from blockkit import generation as core
+from blockkit import extras
+from blockkit.absorbing import generation as core
 from blockkit.backends.pytorch import Sampling, generate
-from blockkit.backends.pytorch.decoding import Decoder, can_cache
-from blockkit.backends.pytorch.experiment import TransformersExperiment, reference_runs
-from blockkit.backends.pytorch.generation import Generation
-from blockkit.backends.pytorch.growing import Grown
+from blockkit.backends.pytorch.generating.decoding import Decoder, can_cache
+from blockkit.backends.pytorch.generating.experiment import TransformersExperiment, reference_runs
+from blockkit.backends.pytorch.generating.generate import Generation
+from blockkit.backends.pytorch.generating.growing import Grown
 from blockkit.errors import BadInput, NotPatchable
-from blockkit.weights import extras
 
 hf = pytest.importorskip("transformers")
 PROMPT = torch.tensor([[5, 9, 14, 3, 22, 17, 8, 2, 11, 29]])
@@ -144,8 +144,8 @@ def test_a_longer_query_grows_too() -> None:
 
 @pytest.mark.parametrize("tokens", ["each", "all"])
 def test_draws_repeat_with_their_seed_and_both_models_share_them(tokens: str) -> None:
-    chance = {"temperature": 1.5, "top_k": 20, "top_p": 0.95}
-    runs = [run(tokens=tokens, max_new_tokens=12, sampling=Sampling(**chance, seed=s)).finish() for s in (3, 3, 4)]
+    sampling = {"temperature": 1.5, "top_k": 20, "top_p": 0.95}
+    runs = [run(tokens=tokens, max_new_tokens=12, sampling=Sampling(**sampling, seed=s)).finish() for s in (3, 3, 4)]
     assert runs[0].ids == runs[1].ids != runs[2].ids
     assert all(t.id == t.patched_id for r in runs for t in r.tokens)
     assert runs[0].ids != plain(model_of("llama"), 12)
@@ -170,10 +170,10 @@ def test_draws_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize("tokens", ["each", "all"])
 def test_nothing_follows_a_stop_id(tokens: str) -> None:
-    chance = Sampling(3.0, seed=1)
-    ids = run(tokens=tokens, sampling=chance).finish().ids
+    sampling = Sampling(3.0, seed=1)
+    ids = run(tokens=tokens, sampling=sampling).finish().ids
     assert len(set(ids[:3])) == 3
-    found = run(tokens=tokens, sampling=chance, stop_at=frozenset({ids[2]})).finish()
+    found = run(tokens=tokens, sampling=sampling, stop_at=frozenset({ids[2]})).finish()
     assert found.ids == ids[:3]
     assert (found.measured is not None) == (tokens == "all")
 
@@ -226,8 +226,8 @@ def test_failing_in_the_middle_leaves_no_trace(tokens: str, number: int) -> None
 
 def test_a_cache_that_is_not_given_back_is_not_relied_on() -> None:
     model = model_of("takes a cache, gives none")
-    from blockkit.backends.pytorch.calling import Interface
-    from blockkit.backends.pytorch.prompts import joined
+    from blockkit.backends.pytorch.calling.interface import Interface
+    from blockkit.backends.pytorch.calling.prompts import joined
 
     interface = Interface.of(model)
     whole = joined(model, PROMPT[:, :8], PROMPT[:, 8:], (None, None))
@@ -278,7 +278,7 @@ def test_bad_arguments_are_named(prompt: Any, options: dict[str, Any], wanted: s
 
 
 @pytest.mark.parametrize(
-    "chance",
+    "sampling",
     [
         {"temperature": -1},
         {"temperature": float("nan")},
@@ -291,9 +291,9 @@ def test_bad_arguments_are_named(prompt: Any, options: dict[str, Any], wanted: s
         {"seed": 2**64},
     ],
 )
-def test_chance_has_its_limits(chance: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=next(iter(chance))):
-        Sampling(**chance)
+def test_chance_has_its_limits(sampling: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=next(iter(sampling))):
+        Sampling(**sampling)
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

@@ -13,8 +13,8 @@ transformers = pytest.importorskip("transformers")
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from blockkit.backends.pytorch.interception import intercepting  # noqa: E402
-from blockkit.backends.pytorch.parameters import Event, Intercepted  # noqa: E402
+from blockkit.backends.pytorch.watching.intercepted import Event, Intercepted  # noqa: E402
+from blockkit.backends.pytorch.watching.interception import intercepting  # noqa: E402
 from blockkit.errors import BadInput  # noqa: E402
 
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 import blockkit as bk
-from blockkit import catalog
-from blockkit.cli import main
-from blockkit.ops import FUNCTIONS
-from blockkit.plan import STRATEGIES
-from blockkit.raw import OPS, graph_document
-from blockkit.sizing import COUNTS
-from blockkit.verify import EXACT, dump_arrays, write_dump
+from blockkit.cli.main import main
+from blockkit.design import catalog
+from blockkit.design.documents import Place
+from blockkit.design.raw_graph import OPS, graph_document, graph_from
+from blockkit.graph.ops import FUNCTIONS
+from blockkit.planner.plan import STRATEGIES
+from blockkit.trials.small_sizes import COUNTS
+from blockkit.trials.verify import EXACT, dump_arrays, write_dump
 
 RECHECK = Path(__file__).parent.parent / "examples" / "recheck.py"
 
@@ -244,7 +245,7 @@ def test_sizes_are_chosen_where_they_are_symbols() -> None:
 def test_a_width_made_of_symbols() -> None:
     graph = json.loads(json.dumps(ODD).replace('"width": 5', '"width": "heads*dim"').replace("[5", '["heads*dim"'))
     text = json.dumps(graph).replace(", 5]", ', "heads*dim"]')
-    loaded = bk.spec.graph_from(json.loads(text), bk.spec.Place("graph"))
+    loaded = graph_from(json.loads(text), Place("graph"))
     assert bk.verify(loaded, width=6).exact
     with pytest.raises(bk.BadInput, match="too many symbols"):
         bk.verify(bk.Block(bk.stream() + bk.Bias(bk.Mixer(bk.stream())), width="a*b*c*d*e"))

@@ -13,16 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blockkit.checkpoint.cache import resolve_model
+from blockkit.checkpoint.dtypes import decode, encode
+from blockkit.checkpoint.folder import CheckpointFolder, open_folder, write_folder
+from blockkit.checkpoint.gguf_file import convert_gguf
+from blockkit.checkpoint.tokenizer import load_tokenizer
 from blockkit.errors import BadInput, MissingDependency
-from blockkit.weights import (
-    CheckpointFolder,
-    convert_gguf,
-    load_tokenizer,
-    open_folder,
-    resolve_model,
-    write_folder,
-)
-from blockkit.weights.dtypes import decode, encode
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
@@ -345,7 +341,7 @@ def test_interrupted_write_leaves_nothing(
     def fail(*_: object) -> bytes:
         raise failure("stop")
 
-    monkeypatch.setattr("blockkit.weights.folder.encode", fail)
+    monkeypatch.setattr("blockkit.checkpoint.folder.encode", fail)
     with pytest.raises(BadInput if failure is OSError else failure, match="stop"):
         write_folder(open_folder(single), tmp_path / "out", {"a.single": SINGLE})
     assert _leftovers(tmp_path) == {"single"}
@@ -502,7 +498,7 @@ def test_gguf_restores_the_original_tensors(tmp_path: Path, architecture: str, t
 
 @pytest.mark.parametrize("block_type", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_gguf_block_types_and_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_type: str) -> None:
-    monkeypatch.setattr("blockkit.weights.gguf_file._VALUES_AT_ONCE", 3 * WIDTH)
+    monkeypatch.setattr("blockkit.checkpoint.gguf_file._VALUES_AT_ONCE", 3 * WIDTH)
     file = write_gguf(tmp_path / "m.gguf", "gemma3", block_type=block_type)
     convert_gguf(file, tmp_path / "out")
     kind = gguf.GGMLQuantizationType[block_type]
@@ -734,7 +730,7 @@ def test_resolve_converts_a_gguf_once(tmp_path: Path, cache: Path, monkeypatch: 
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(file.read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr("blockkit.weights.cache.convert_gguf", None)
+        patch.setattr("blockkit.checkpoint.cache.convert_gguf", None)
         assert resolve_model(str(file)) == resolve_model(str(copy)) == first
     copy.write_bytes(file.read_bytes()[:-1] + b"?")  # the same size, other content
     os.utime(copy, ns=(0, 0))

@@ -21,7 +21,7 @@ import zoo_models
 from torch import Tensor, nn
 
 from blockkit.backends.pytorch import absorb
-from blockkit.backends.pytorch.traced import trace
+from blockkit.backends.pytorch.blocks.traced import trace
 
 CONTEXT, QUERY = 12, 3
 WORST, LEAST = 10, 1000  # of the floor: how far a patched run may be off at most, and an unpatched one must at least

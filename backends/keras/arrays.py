@@ -14,7 +14,7 @@ Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
 class KerasArrays:
-    """See `blockkit.arrays.Arrays`. Tensors are the Keras backend's own."""
+    """See `blockkit.graph.arrays.Arrays`. Tensors are the Keras backend's own."""
 
     def __init__(self) -> None:
         self.name = str(keras.backend.backend())

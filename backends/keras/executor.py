@@ -7,9 +7,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from blockkit.checkpoint import Model
+from blockkit.absorbing.executor import Executor
+from blockkit.checkpoint.model import Model
 from blockkit.errors import BadInput
-from blockkit.executor import Executor
 
 from .arrays import KerasArrays
 from .model import CausalLM, build, load_weights

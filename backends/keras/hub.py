@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from blockkit.algorithm import Absorbed
-from blockkit.algorithm import absorb as absorb_by
-from blockkit.checkpoint import stored_name
+from blockkit.absorbing.algorithm import Absorbed
+from blockkit.absorbing.algorithm import absorb as absorb_by
+from blockkit.absorbing.executor import Executor
+from blockkit.absorbing.metrics import compare
+from blockkit.absorbing.proof import require_exact
+from blockkit.absorbing.request import Request
+from blockkit.checkpoint.model import stored_name
 from blockkit.errors import BadInput
-from blockkit.executor import Executor
-from blockkit.graph import Graph
-from blockkit.in_place import Receipt
-from blockkit.layout import Layout
-from blockkit.metrics import compare
-from blockkit.overlay import narrowed
-from blockkit.patch import Patch
-from blockkit.proof import require_exact
-from blockkit.request import Request
+from blockkit.graph.changes import narrowed
+from blockkit.graph.graph import Graph
+from blockkit.graph.packing import Packing
+from blockkit.patch.in_place import Receipt
+from blockkit.patch.patch import Patch
 
 from . import hub_editing
 from .arrays import KerasArrays
@@ -61,7 +61,7 @@ def absorb(model: Any, context: Any, query: Any, *, strategy: str | None = None,
 
     Raises:
         BadInput: the model cannot be described, or ids are not `[1, n]`, empty or outside the vocabulary.
-        NotPatchable, ConditionViolated: as in `blockkit.algorithm.absorb`.
+        NotPatchable, ConditionViolated: as in `blockkit.absorbing.algorithm.absorb`.
         ExactnessLost: the model's own edited run does not reproduce its contextual logits.
     """
     if tokens == "each":
@@ -123,8 +123,8 @@ def _insist_same(executor: Executor, model: Any) -> None:
     stages = [("the embedding", executor.embed(ids, at), own[0])]
     for i, layer in enumerate(model.backbone.transformer_layers):
         graph = executor.graph(i)
-        layout = Layout(executor.positions(at), (PROBE,))
-        found = executor.block(i, {graph.input: streams[i]}, [graph.output], layout)[graph.output]
+        packing = Packing(executor.positions(at), (PROBE,))
+        found = executor.block(i, {graph.input: streams[i]}, [graph.output], packing)[graph.output]
         stages.append((f"the block {layer.path}", found, own[i + 1]))
     stages.append(("the head", executor.logits(streams[-1]), own_logits(model, ids)))
     for what, mine, wanted in stages:
@@ -170,7 +170,7 @@ def _patch(model: Any, executor: Executor, absorbed: Absorbed) -> Patch:
 
 
 class _KerasHub:
-    """See `blockkit.in_place.InPlace`."""
+    """See `blockkit.patch.in_place.InPlace`."""
 
     def graphs(self, model: Any, example: Any = None) -> Mapping[str, Graph]:
         """The graphs of the distinct blocks; what the model is called with is known, so `example` plays no part."""

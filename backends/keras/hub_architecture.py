@@ -16,9 +16,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from blockkit.architecture import Architecture, Block, Embedding, Head, Layers
-from blockkit.checkpoint import slots
-from blockkit.components import (
+from blockkit.checkpoint.model import slots
+from blockkit.design.architecture import Architecture, Block, Embedding, Head, Layers
+from blockkit.design.components import (
     Attention,
     Component,
     Experts,
@@ -30,7 +30,7 @@ from blockkit.components import (
     stream,
 )
 from blockkit.errors import BadInput
-from blockkit.sizes import Size
+from blockkit.graph.sizes import Size
 
 from .hub_storage import Stored, host, without_gradients
 

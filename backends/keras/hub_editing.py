@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from keras import ops
 
-from blockkit.arrays import wide_dtype
 from blockkit.errors import BadInput
-from blockkit.in_place import ChangedParameter, Receipt
-from blockkit.overlay import Change, dense, shape_of
-from blockkit.patch import Patch
+from blockkit.graph.arrays import wide_dtype
+from blockkit.graph.changes import Change, dense, shape_of
+from blockkit.patch.in_place import ChangedParameter, Receipt
+from blockkit.patch.patch import Patch
 
 from .hub_architecture import described
 from .hub_storage import Stored, host, names

@@ -7,14 +7,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from blockkit.architecture import Architecture, Block
-from blockkit.checkpoint import Model, slots, stored_name
+from blockkit.absorbing.executor import finished
+from blockkit.checkpoint.model import Model, slots, stored_name
+from blockkit.design.architecture import Architecture, Block
+from blockkit.design.spec import architecture_from, parse_document, to_document
 from blockkit.errors import BadInput
-from blockkit.evaluate import evaluate
-from blockkit.executor import finished
-from blockkit.graph import Graph, Node
-from blockkit.layout import Layout
-from blockkit.spec import architecture_from, parse_document, to_document
+from blockkit.graph.evaluate import evaluate
+from blockkit.graph.graph import Graph, Node
+from blockkit.graph.packing import Packing
 
 from .arrays import KerasArrays
 
@@ -73,14 +73,14 @@ class GraphBlock(Weights):
             p: ops.convert_to_tensor(self.slots[slot] if slot in self.slots else self.shared(slot))
             for p, slot in self.names.items()
         }
-        xp, layout, output = KerasArrays(), Layout(positions, (tokens,)), self.graph.output
+        xp, packing, output = KerasArrays(), Packing(positions, (tokens,)), self.graph.output
 
-        def mixer(node: Node, args: list[Any], packed: Layout) -> Any:
+        def mixer(node: Node, args: list[Any], packed: Packing) -> Any:
             return self._each_sequence(xp, node, args, packed)
 
-        return evaluate(self.graph, xp, stored, {self.graph.input: x}, [output], layout, mixer=mixer)[output]
+        return evaluate(self.graph, xp, stored, {self.graph.input: x}, [output], packing, mixer=mixer)[output]
 
-    def _each_sequence(self, xp: KerasArrays, node: Node, args: list[Any], packed: Layout) -> Any:
+    def _each_sequence(self, xp: KerasArrays, node: Node, args: list[Any], packed: Packing) -> Any:
         """A mixing node on every sequence by itself; how many there are may be unknown until the model runs."""
         signals = [i for i, name in enumerate(node.args) if name not in self.graph.parameter]
         tokens = packed.segments[0]
@@ -88,7 +88,7 @@ class GraphBlock(Weights):
         def one(parts: tuple[Any, ...]) -> Any:
             *rows, positions = parts
             given = {**dict(enumerate(args)), **dict(zip(signals, rows, strict=True))}
-            return node.op.forward(xp, list(given.values()), Layout(positions, packed.segments))
+            return node.op.forward(xp, list(given.values()), Packing(positions, packed.segments))
 
         sequences = [ops.reshape(args[i], (-1, tokens, args[i].shape[-1])) for i in signals]
         out = xp.each(one, (*sequences, ops.reshape(packed.positions, (-1, tokens))))

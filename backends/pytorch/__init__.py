@@ -7,11 +7,11 @@ with patch.applied(model):
     model(query, position_ids=patch.position_ids)        # what model(context + query) gave there
 """
 
-from .absorbing import absorb
-from .decoding import Sampling
-from .generation import generate
-from .in_place import in_place
-from .patch import TorchPatch as Patch
-from .traced import trace
+from .absorbing.absorb import absorb
+from .blocks.traced import trace
+from .editing.in_place import in_place
+from .editing.patch import TorchPatch as Patch
+from .generating.decoding import Sampling
+from .generating.generate import generate
 
 __all__ = ["Patch", "Sampling", "absorb", "generate", "in_place", "trace"]

@@ -1,1 +1,4 @@
-"""Blocks as people look at them: drawn as SVG or Mermaid, derived in LaTeX."""
+"""What people and programs see: pages of text, JSON objects, drawings, formulas and plots. Nothing is computed here.
+
+Imports any room but the command line.
+"""

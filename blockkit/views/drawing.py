@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from ..controls import Controls, controls_of
 from ..errors import BadInput
-from ..graph import Graph, Node
-from ..ops import Activation, Add, Multiply
-from ..route import Route
+from ..graph.graph import Graph, Node
+from ..graph.ops import Activation, Add, Multiply
+from ..planner.controls import Controls, controls_of
+from ..planner.route import Route
 
 MOST_BOXES = 1000
 

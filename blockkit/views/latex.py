@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..explain import condition_in_words
-from ..graph import Graph, Node
-from ..laws import Action
-from ..ops import Activation, Add, LayerNorm, MatMul, Multiply, RMSNorm, Scale, Softcap, show_shape
-from ..plan import Plan, PlanStep
-from ..route import Link, Step
+from ..graph.graph import Graph, Node
+from ..graph.laws import Action
+from ..graph.ops import Activation, Add, LayerNorm, MatMul, Multiply, RMSNorm, Scale, Softcap, show_shape
+from ..planner.explain import condition_in_words
+from ..planner.plan import Plan, PlanStep
+from ..planner.route import Link, Step
 
 MOST_NODES = 300  # equations of the block that are written out
 MOST_LINKS = 40  # pulled-back targets of one step that are written out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..plan import Plan
+from ..planner.plan import Plan
 from .drawing import Box, Form, Paint, draw
 from .svg import ACCENT, FILL, INK, PALE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.sax.saxutils import escape, quoteattr
 
-from ..plan import Plan
+from ..planner.plan import Plan
 from .drawing import Box, Drawing, Form, Paint, draw
 from .layered import Layout, place
 

@@ -1,0 +1,234 @@
+"""Models on disk: a Hugging Face configuration as an architecture, its tensors as parameter slots.
+
+Everything that is particular to a family stands in the `checkpoint` section of its catalogue entry; this
+file, `configuration.py` and `tensor_rules.py` only follow it. The section's keys:
+
+    model_type: falcon                  # of config.json
+    requires: {hidden_act: [silu]}      # KEY: allowed values (null: absent; "= formula" of constants); else refused
+    constants: {d_ff: [n_inner, = 4 * d_model]}        # numbers for the architecture's symbols, in this order
+    settings: {blocks.*.nodes.attention.bias: attention_bias}
+                                        # PATH: VALUE, put in the `architecture` section; `*` is any key
+    cases:                              # where `when` holds (KEY: value or values), more rules of the other kinds,
+      - when: {parallel: false}         # which take the place of those above
+        settings: {layers.pattern: {value: [sequential]}}
+    layer_types: {key: layer_types, full_attention: global}     # block by what the configuration lists for a layer
+    prefixes: ["", "transformer."]      # before every tensor but the head's: the one that fits
+    ignored: [h.*.attn.bias]            # tensors that are no parameters
+    tensors: {SLOT: TENSOR}             # for every parameter slot; `*` is the layer
+
+A VALUE is a key of config.json (`a.b` reaches into a section), `= formula` of the constants so far (see
+`formula.py`), `{key: hidden_act, map: activations}` (or a map written out), or `{value: anything}`; or a list
+of them: the first that gives anything. Constants must be found; a setting that is not stays as it was.
+
+A TENSOR is a name, for a tensor in the kit's orientation (`[d_out, d_in]` or `[width]`), or says more:
+
+    {tensor: c_attn.weight, transpose: true}           # stored [d_in, d_out]; or a list, the order of its axes
+    {tensor: qkv.weight, shape: [heads, 3, head_dim, d_model], take: {1: 0}}
+                                        # reshaped, then taken of each AXIS an index or [start, stop]; formulas
+    {stack: experts.#.w1.weight, count: experts, axis: 0}       # one tensor each (`#`), joined along a slot's axis
+
+in the order shape, take, transpose, and then reshaped to the slot. A list of them is tried in order (names
+differ between releases): the first whose tensors are there. Many slots may lie in one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..design.architecture import Architecture
+from ..design.documents import read_document
+from ..errors import BadInput
+from ..progress import Progress, silent
+from .cache import resolve_model
+from .configuration import from_config
+from .folder import CheckpointFolder, open_folder
+from .tensor_rules import Part, part_of
+
+__all__ = ["Model", "architecture_from_config", "from_config", "open_model", "slots", "stored_name"]
+
+OUTSIDE = ("head", "head_bias")  # slots whose tensors stand outside the prefix
+
+
+def slots(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every stored array of a runnable model, as `layers.3.mlp.down_proj`, with its shape.
+
+    Raises:
+        BadInput: a size has no number yet, or the architecture is not a whole model.
+    """
+    if architecture.embedding is None or architecture.final is None or architecture.depth is None:
+        raise BadInput(
+            f"{architecture.name} is not a whole model: it needs embedding, final, head and layers with numbers"
+        )
+    width, embedding = architecture.size(architecture.width), architecture.embedding
+    vocabulary = architecture.size(embedding.vocabulary)
+    yield "embedding", _numbers("embedding", (vocabulary, width))
+    if embedding.positions is not None:
+        yield "positions", _numbers("positions", (architecture.size(embedding.positions), width))
+    seen: set[str] = set()
+    for layer in range(architecture.depth):
+        for p in architecture.graphs[architecture.kind_at(layer)].parameters:
+            name = stored_name(architecture, layer, p.name)
+            if name not in seen:
+                seen.add(name)
+                yield name, _numbers(name, p.shape)
+    for name, block in (("stem", architecture.stem), ("final", architecture.final)):
+        for p in architecture.graph_of(block).parameters if block else ():
+            yield f"{name}.{p.name}", _numbers(p.name, p.shape)
+    if not architecture.tied:
+        yield "head", _numbers("head", (vocabulary, width))
+    if architecture.head is not None and architecture.head.bias:
+        yield "head_bias", _numbers("head_bias", (vocabulary,))
+
+
+def stored_name(architecture: Architecture, layer: int, parameter: str) -> str:
+    """Where a layer's parameter is stored; a tied one is stored once for all layers of its kind."""
+    kind = architecture.kind_at(layer)
+    tied = architecture.graphs[kind].parameter[parameter].tied
+    return f"shared.{kind}.{parameter}" if tied else f"layers.{layer}.{parameter}"
+
+
+def _numbers(name: str, shape: Any) -> tuple[int, ...]:
+    known = tuple(s.known for s in shape)
+    if any(k is None for k in known):
+        raise BadInput(f"{name} has the shape {', '.join(map(str, shape))}: give every symbol a number in `constants`")
+    return tuple(int(k) for k in known if k is not None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint folder with the architecture that its configuration describes."""
+
+    architecture: Architecture
+    folder: CheckpointFolder
+    conventions: Mapping[str, Any]
+
+    @cached_property
+    def parts(self) -> Mapping[str, Part]:
+        """For each parameter slot, where its values lie.
+
+        Raises:
+            BadInput: tensors are missing, misshapen or unknown; all of them are named.
+        """
+        prefix = self._prefix()
+        found = {name: self._part(name, shape, prefix) for name, shape in slots(self.architecture)}
+        faults = list(dict.fromkeys(f for p in found.values() if (f := p.fault(self.folder.shapes))))
+        ignored = [prefix + p for p in self.conventions.get("ignored", [])] + ["lm_head.weight"]
+        used = {tensor for part in found.values() for tensor in part.tensors}
+        for tensor in self.folder.shapes:
+            if tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
+                faults.append(f"{tensor} is not part of {self.architecture.name}")
+        if faults:
+            shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+            raise BadInput(f"{self.folder.path}: the tensors do not fit the configuration: {shown}")
+        return found
+
+    def _prefix(self) -> str:
+        """The prefix under which most of the slots' tensors are there."""
+        wanted, there = list(slots(self.architecture)), self.folder.shapes
+
+        def found(prefix: str) -> int:
+            return sum(all(t in there for t in self._part(*slot, prefix).tensors) for slot in wanted)
+
+        return max(map(str, self.conventions.get("prefixes", [""])), key=found)
+
+    def _part(self, slot: str, shape: tuple[int, ...], prefix: str) -> Part:
+        """The first of the slot's rules whose tensors are there; if none is, the first."""
+        parts = slot.split(".")
+        layer = parts[1] if parts[0] == "layers" else ""
+        pattern = ".".join(["layers", "*", *parts[2:]]) if layer else slot
+        rules = self.conventions["tensors"].get(pattern)
+        if rules is None:
+            raise BadInput(f"{self.architecture.name}: no tensor is known for the parameter {slot}")
+        place, numbers = "" if slot in OUTSIDE else prefix, self.architecture.constants
+        listed = rules if isinstance(rules, list) else [rules]
+        found = [part_of(rule, shape, layer, place, numbers) for rule in listed]
+        return next((p for p in found if all(t in self.folder.shapes for t in p.tensors)), found[0])
+
+    def parameter(self, slot: str) -> np.ndarray:
+        """The values of one slot in the kit's orientation: `[d_out, d_in]` or `[width]`."""
+        part = self.parts[slot]
+        return part.read([self.folder.tensor(name) for name in part.tensors])
+
+    def whole_weights(self, slots: Iterable[str]) -> dict[str, str]:
+        """For each slot that is a whole `.weight` of a module, that weight's name in the causal language model.
+
+        Some checkpoints leave out the prefix that the model's class puts before its modules' names.
+        """
+        prefix, full = self._prefix(), max(map(str, self.conventions.get("prefixes", [""])), key=len)
+        found = {}
+        for slot in slots:
+            part = self.parts[slot]
+            if part.whole and len(part.slot) == 2 and part.tensors[0].endswith(".weight"):
+                name = part.tensors[0]
+                found[slot] = name if slot in OUTSIDE else full + name.removeprefix(prefix)
+        return found
+
+    def rewritten(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The stored tensors, by name, with new values of some slots in their places."""
+        changed: dict[str, np.ndarray] = {}
+        for slot, value in values.items():
+            part = self.parts[slot]
+            for name in part.tensors:
+                if name not in changed:
+                    changed[name] = np.array(self.folder.tensor(name), np.float64, order="C")
+            part.write([changed[name] for name in part.tensors], value)
+        return changed
+
+    def fingerprint(self, changed: list[str]) -> dict[str, str]:
+        """What a patch must find again: the architecture, and the weights that it was made for."""
+        digest = hashlib.sha256()
+        for slot in sorted(changed):
+            digest.update(slot.encode())
+            digest.update(np.ascontiguousarray(self.parameter(slot)).tobytes())
+        return {"architecture": self.architecture.name, "weights": digest.hexdigest()}
+
+
+def open_model(path: Path) -> Model:
+    """The model in a Hugging Face checkpoint folder.
+
+    Raises:
+        BadInput: the folder, its configuration or its tensors cannot be used.
+    """
+    folder = open_folder(path)
+    architecture, conventions = from_config(folder.config, str(path))
+    model = Model(architecture, folder, conventions)
+    _ = model.parts
+    return model
+
+
+def open_checkpoint(model: str, progress: Progress | None = None) -> Model:
+    """A model by name or path; a GGUF is converted once and cached.
+
+    Raises:
+        BadInput: nothing of that name or path can be opened.
+    """
+    if not model.strip():
+        raise BadInput("the model's name is empty: give a .gguf file, a Hugging Face folder, or gemma3-270m")
+    try:
+        folder = resolve_model(model, progress or silent)
+    except RuntimeError as error:  # ~somebody
+        raise BadInput(f"the model {model!r}: {error}") from None
+    return open_model(folder)
+
+
+def architecture_from_config(path: Path) -> Architecture:
+    """The architecture that a `config.json` (or the folder that holds one) describes.
+
+    Raises:
+        BadInput: no such file, malformed JSON, or a model type or setting that is not supported.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise BadInput(f"no config.json at {path}")
+    config, _ = read_document(file, finite=False)
+    if not isinstance(config, Mapping):
+        raise BadInput(f"{file}: expected a JSON object")
+    return from_config(config, str(file))[0]

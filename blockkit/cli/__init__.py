@@ -1,0 +1,1 @@
+"""The command line. Imports every other room of the core."""

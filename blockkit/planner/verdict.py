@@ -1,0 +1,101 @@
+"""The answer to "is this block patchable?", with the routes that say yes or the reasons that say no."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..graph.graph import Graph
+from ..graph.laws import Kind
+from ..graph.sizes import Capacity
+from .planner import Planner
+from .refutation import Refutation
+from .route import Obstruction, Route
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the planner found for one graph.
+
+    Attributes:
+        patchable: True, False, or None where it is unknown or hangs on an open condition or a size.
+        capacity: the most tokens that one static patch of a route can serve.
+        routes: every way to patch, the outermost parameter first.
+        obstructions: why not, where `patchable` is not True.
+    """
+
+    patchable: bool | None
+    capacity: Capacity
+    routes: tuple[Route, ...]
+    obstructions: tuple[Obstruction, ...]
+
+    def __str__(self) -> str:
+        answer = {True: "patchable", False: "not patchable", None: "unknown"}[self.patchable]
+        served = f", one static patch serves up to {self.capacity} token(s)" if self.routes and self.patchable else ""
+        lines = [f"{answer}{served}"]
+        if self.routes:
+            lines.append("routes, the outermost parameter first:")
+        for number, route in enumerate(self.routes, 1):
+            names = " + ".join(route.parameters) or "nothing to do"
+            lines.append(f"  {number}. {names}   tokens: {route.capacity}   {route.source}")
+            lines.extend(f"       if {c.node}: {c}" for c in route.conditions)
+        if self.obstructions:
+            lines.append("why not:")
+            lines.extend(f"  - {o.node}: {o.reason}" for o in self.obstructions)
+        return "\n".join(lines)
+
+
+def judge(graph: Graph, tokens: int | None = None) -> Verdict:
+    """Whether a context can be absorbed into the free parameters of `graph`, exactly, for `tokens` tokens.
+
+    Three answers. *Yes*: for every context, outside conditions that fail on a set of measure zero.
+    *No*: for some context no values of the free parameters do. *Unknown* (None): neither was derived.
+    """
+    planner = Planner(graph)
+    if planner.nothing_to_do and not planner.facts.undefined:
+        return Verdict(True, Capacity(), (Route((), "the output does not depend on the context"),), ())
+    found = routes_of(planner)
+    routes = tuple(r for r in found if tokens is None or r.capacity.serves(tokens) is not False)
+    sure = [r for r in routes if not r.conditional and (tokens is None or r.capacity.serves(tokens))]
+    best = max(sure or routes, key=lambda r: r.capacity.estimate(), default=None)
+    capacity = best.capacity if best else Capacity.of(0)
+    if planner.facts.undefined:
+        reason = "it has no epsilon, and reads what is zero for whole regions of contexts: the block has no value there"
+        return Verdict(None, capacity, routes, tuple(Obstruction(n, reason) for n in planner.facts.undefined))
+    if sure:
+        return Verdict(True, capacity, routes, ())
+    patchable = False if Refutation(graph).holds(tokens) else None
+    return Verdict(patchable, capacity, routes, _reasons(planner, found, tokens))
+
+
+def routes_of(planner: Planner) -> list[Route]:
+    """The routes by one goal, the paper's construction, or, where no single goal does, the joined route."""
+    routes = planner.single_routes()
+    paper = planner.paper_route() if routes else planner.joined_route()
+    if paper is not None and all(paper.steps != r.steps for r in routes):
+        routes.append(paper)
+    return routes
+
+
+def _reasons(planner: Planner, found: list[Route], tokens: int | None) -> tuple[Obstruction, ...]:
+    reasons = []
+    for route in found:
+        names = ", ".join(route.parameters)
+        if tokens is not None and not route.capacity.serves(tokens):
+            text = f"{names}: one static value serves {route.capacity} token(s), {tokens} are asked for"
+            reasons.append(Obstruction(route.steps[-1].last.node, text))
+            continue
+        for condition in route.conditions:
+            if condition.kind is Kind.OPEN:
+                text = f"{names}: {condition.text}, which fails for whole regions of contexts"
+                reasons.append(Obstruction(condition.node, text))
+            elif condition.kind is Kind.SIZE:
+                reasons.append(Obstruction(condition.node, f"{names}: needs {condition.text}; give the sizes"))
+    noted = [*planner.obstructions, *planner.held_back()]
+    mixing = [
+        Obstruction(
+            n.name, f"{n.name} ({n.op.kind}) looks at other tokens: what it brings in cannot be undone inside it"
+        )
+        for n in planner.graph.nodes
+        if n.op.mixing and not found and not noted
+    ]
+    return tuple(dict.fromkeys([*reasons, *noted, *mixing]))
