@@ -6,6 +6,7 @@ DEMO := .venv-demo
 TEST := .venv
 EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
 comma := ,
+SCRIPT := PYTHONPATH=tests/support:tests/checkpoint:tests/keras $(TEST)/bin/python tests
 
 .PHONY: demo test lint figures table families bench bench-in-place scale attack zoo generation clean help
 
@@ -25,31 +26,31 @@ lint: $(TEST)/.ready
 	$(TEST)/bin/mypy backends
 
 figures: $(TEST)/.ready
-	$(TEST)/bin/python tests/figures.py
+	$(SCRIPT)/figures/figures.py
 
 table: $(TEST)/.ready
-	$(TEST)/bin/python tests/tables.py --write
+	$(SCRIPT)/support/tables.py --write
 
 families: $(TEST)/.ready
-	$(TEST)/bin/python tests/family_figures.py
+	$(SCRIPT)/figures/family_figures.py
 
 bench: $(TEST)/.ready
-	$(TEST)/bin/python tests/bench.py
+	$(SCRIPT)/figures/bench.py
 
 bench-in-place: $(TEST)/.ready
-	$(TEST)/bin/python tests/bench_in_place.py --write
+	$(SCRIPT)/figures/bench_in_place.py --write
 
 scale: $(TEST)/.ready
-	$(TEST)/bin/python tests/bench_scale.py
+	$(SCRIPT)/figures/bench_scale.py
 
 attack: $(TEST)/.ready
-	$(TEST)/bin/python tests/attack_figures.py
+	$(SCRIPT)/figures/attack_figures.py
 
 zoo: $(TEST)/.ready
-	OMP_NUM_THREADS=1 $(TEST)/bin/python tests/zoo.py --jobs 2 --write
+	OMP_NUM_THREADS=1 $(SCRIPT)/figures/zoo.py --jobs 2 --write
 
 generation: $(TEST)/.ready
-	OMP_NUM_THREADS=1 $(TEST)/bin/python tests/generation_figures.py --write
+	OMP_NUM_THREADS=1 $(SCRIPT)/figures/generation_figures.py --write
 
 $(DEMO)/.ready-$(BACKEND): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }

@@ -1,4 +1,4 @@
-"""The numbers of a joint equation: a parameter that reaches the goal in several linear ways (`blockkit.planner.joint`)."""
+"""The numbers of a joint equation: a parameter that reaches the goal in several ways (`blockkit.planner.joint`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How far values can be moved: by the free parameters (bounds from above), and by the context (bounds from below).
 
-Two measures of each: the kind of set (`blockkit.graph.reach`) and its dimension. A known matrix is taken to be generic: it
-keeps as many dimensions as fit. Parameters upstream of a mixing node count as able to do anything there.
+Two measures of each: the kind of set (`blockkit.graph.reach`) and its dimension. A known matrix is taken to be
+generic: it keeps as many dimensions as fit. Parameters upstream of a mixing node count as able to do anything there.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch_modules as own  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -24,7 +25,6 @@ from blockkit.backends.pytorch import absorb  # noqa: E402
 from blockkit.backends.pytorch.absorbing import lockstep as lockstep_module  # noqa: E402
 from blockkit.backends.pytorch.calling.exclusive import sole_use  # noqa: E402
 from blockkit.errors import BadInput, ConditionViolated, ExactnessLost, NotPatchable  # noqa: E402
-from tests import torch_modules as own  # noqa: E402
 
 D = own.D
 CONTEXT, QUERY = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]), torch.tensor([[5, 3, 7]])

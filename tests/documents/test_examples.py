@@ -11,7 +11,7 @@ import pytest
 
 import blockkit as bk
 
-FOLDER = Path(__file__).parent.parent / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("name", sorted(f.name for f in FOLDER.glob("*.py")))

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch_modules as own  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -19,7 +20,6 @@ from blockkit.backends.pytorch.calling.interface import Interface, vocabulary  #
 from blockkit.backends.pytorch.calling.token_rows import TOKENS_FIRST, batch_rows  # noqa: E402
 from blockkit.graph.graph import Graph  # noqa: E402
 from blockkit.graph.ops import LayerNorm, RMSNorm, Scale  # noqa: E402
-from tests import torch_modules as own  # noqa: E402
 
 D = own.D
 

@@ -18,7 +18,7 @@ from designs import seeded
 from blockkit.planner.verdict import judge
 from blockkit.trials import trial
 
-FOUND = json.loads((Path(__file__).parent / "counterexamples.json").read_text())
+FOUND = json.loads((Path(attack.__file__).with_name("counterexamples.json")).read_text())
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 

@@ -140,7 +140,7 @@ def on_keras(family: Callable[[str], Family], tmp_path_factory: pytest.TempPathF
     paths = {name: family(name).pair.path for name in CASES}
     folder = next(iter(paths.values())).parent
     np.save(folder / "ids.npy", IDS)
-    checks = str(Path(__file__).with_name("family_checks.py"))
+    checks = str(Path(families.__file__).with_name("family_checks.py"))
     python(checks, str(folder), *CASES, home=tmp_path_factory.mktemp("home"), KERAS_BACKEND="jax")
     return folder
 
@@ -156,7 +156,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def test_every_supported_model_type_is_tried_and_listed() -> None:
     assert {model_type for model_type, _ in CASES.values()} == set(supported())
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     listed = readme.split("of these model types: ")[1].split(". A setting")[0]
     assert re.findall(r"`(\w+)`", listed) == sorted(supported())
 

@@ -47,7 +47,7 @@ def main() -> None:
         for family in made:
             _ = family.pair
         np.save(folder / "ids.npy", IDS)
-        checks = str(Path(__file__).with_name("family_checks.py"))
+        checks = str(Path(families.__file__).with_name("family_checks.py"))
         python(checks, str(folder), *CASES, home=folder, KERAS_BACKEND="jax")
         for line in (HEAD, ("---",) * len(HEAD)):
             print(f"| {' | '.join(line)} |")

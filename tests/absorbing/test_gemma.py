@@ -95,7 +95,7 @@ def test_logits_are_those_of_transformers(backend: str, tmp_path: Path) -> None:
 
 
 def blockkit(*words: str) -> dict[str, Any]:
-    call = [sys.executable, "-c", "from blockkit.cli import main; main()", *words, "--json"]
+    call = [sys.executable, "-c", "from blockkit.cli.main import main; main()", *words, "--json"]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)

@@ -10,13 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch_modules as own  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import blockkit as bk  # noqa: E402
 from blockkit.backends.pytorch import absorb, trace  # noqa: E402
 from blockkit.errors import NotPatchable  # noqa: E402
 from blockkit.graph.ops import Opaque  # noqa: E402
-from tests import torch_modules as own  # noqa: E402
 
 # What the theory says of each block: what every single parameter that serves can serve (by its path in the module).
 MLP = {"mlp.down.bias": 1, "mlp.down.weight": own.HIDDEN}

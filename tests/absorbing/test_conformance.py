@@ -21,7 +21,7 @@ def records(backend: str, what: str) -> tuple[dict[str, Any], ...]:
     if backend != "numpy" and find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    script = Path(__file__).with_name("conformance.py")
+    script = Path(__file__).parents[1] / "support" / "conformance.py"
     done = subprocess.run([sys.executable, str(script), backend, what], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return tuple(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))

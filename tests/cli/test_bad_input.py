@@ -426,7 +426,7 @@ def test_a_hundred_thousand_mistakes_are_one_message(refused: Callable[..., str]
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-from blockkit.cli import main
+from blockkit.cli.main import main
 main()
 """
 

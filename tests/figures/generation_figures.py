@@ -28,7 +28,7 @@ from blockkit.checkpoint.cache import resolve_model
 from blockkit.checkpoint.tokenizer import load_tokenizer
 from blockkit.errors import BlockkitError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "generation.json"
 START, END = "<!-- generation -->", "<!-- /generation -->"
 DTYPES, MODES, MERGES = ("float32", "bfloat16"), ("each", "all"), (False, True)

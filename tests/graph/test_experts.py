@@ -568,7 +568,7 @@ def test_on_keras_with_jax(whole: Callable[[str], Whole], tmp_path: Path) -> Non
         pytest.importorskip(module)
     mine = whole("qwen3-moe")
     assert mine.model.folder.path == mine.path
-    script = str(Path(__file__).with_name("expert_checks.py"))
+    script = str(Path(checks.__file__))
     found = json.loads(python(script, str(mine.path), home=tmp_path, KERAS_BACKEND="jax").splitlines()[-1])
     assert found["forward"].keys() == KINDS.keys()
     assert max(found["forward"].values()) <= 1e-5, found["forward"]

@@ -20,7 +20,7 @@ from blockkit.absorbing import backends as opening
 from blockkit.cli.main import main
 
 TEXTS = ("--context", "w1 w2 w3", "--query", "w4 w5")
-RUN = [sys.executable, "-c", "from blockkit.cli import main; main()"]
+RUN = [sys.executable, "-c", "from blockkit.cli.main import main; main()"]
 LONG_NAME = "x" * 300
 
 
@@ -467,7 +467,7 @@ def linger(*args, **kwargs):
     print("lingering", file=sys.stderr, flush=True)
     time.sleep(60)
 {stage} = linger
-from blockkit.cli import main
+from blockkit.cli.main import main
 main()
 """
     call = [sys.executable, "-c", slow, *map(str, words)]

@@ -23,7 +23,7 @@ from blockkit.planner.plan import STRATEGIES
 from blockkit.trials.small_sizes import COUNTS
 from blockkit.trials.verify import EXACT, dump_arrays, write_dump
 
-RECHECK = Path(__file__).parent.parent / "examples" / "recheck.py"
+RECHECK = Path(__file__).parents[2] / "examples" / "recheck.py"
 
 ODD: dict[str, Any] = {  # another program's graph: any order, fan-out, two mixers, a parameter used twice, flags
     "input": "stream",

@@ -16,7 +16,7 @@ import tables
 import blockkit as bk
 from blockkit.design.spec import architecture_from, graph_from, parse_document
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:

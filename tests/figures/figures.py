@@ -21,7 +21,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for backend in sys.argv[1:] or ("numpy", "jax", "tensorflow", "torch"):
         env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        script = str(Path(__file__).with_name("conformance.py"))
+        script = str(Path(__file__).parents[1] / "support" / "conformance.py")
         done = subprocess.run(
             [sys.executable, script, backend, "gemma"], env=env, stdout=subprocess.PIPE, check=True, text=True
         )
