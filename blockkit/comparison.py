@@ -15,8 +15,8 @@ from .errors import BadInput
 from .graph.graph import Graph
 from .graph.sizes import Size
 from .planner.plan import STRATEGIES, offers
-from .planner.planner import Planner
 from .planner.route import Route
+from .planner.routes import Planner
 from .planner.verdict import Verdict, judge
 
 MOST_SHOWN = 4  # routes and obstructions in the table

@@ -1,6 +1,6 @@
 """Verdicts and routes in words: which rule fired where, what each condition means, and what would unblock a no.
 
-The rules are numbered as in `blockkit.planner`. Nothing is derived here: a route already holds every law that it
+The rules are numbered as in `blockkit.planner.rule`. Nothing is derived here: a route already holds every law that it
 uses, and what would unblock a design comes from `blockkit.planner.unblocking`.
 """
 

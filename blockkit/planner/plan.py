@@ -11,8 +11,8 @@ from ..graph.graph import Graph
 from ..graph.laws import Action
 from ..graph.ops import show_shape
 from ..graph.sizes import Size
-from .planner import Planner
 from .route import Route, Step
+from .routes import Planner
 from .verdict import routes_of
 
 Strategy = Literal["paper", "minimal", "matrix", "stable", "joint"]

@@ -17,8 +17,8 @@ from ..graph.ops import FUNCTIONS, Activation, Add, LayerNorm, Multiply, RMSNorm
 from ..graph.reach import Reach
 from ..graph.sizes import Size
 from .analysis.facts import Facts
-from .planner import Planner
 from .route import Route, Step
+from .routes import Planner
 from .verdict import Verdict, judge, routes_of
 
 MOST_JUDGEMENTS = 200

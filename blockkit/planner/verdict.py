@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from ..graph.graph import Graph
 from ..graph.laws import Kind
 from ..graph.sizes import Capacity
-from .planner import Planner
 from .refutation import Refutation
 from .route import Obstruction, Route
+from .routes import Planner
 
 
 @dataclass(frozen=True)
