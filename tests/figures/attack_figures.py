@@ -1,6 +1,6 @@
 """The README's attack table: random designs judged, carried out and attacked, in several processes.
 
-python tests/attack_figures.py [DESIGNS]        (or: make attack)
+python tests/figures/attack_figures.py [DESIGNS]        (or: make attack)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Speed and memory of absorbing a 500-token context, against one plain contextual forward.
 
-    python tests/bench.py [BACKEND ...]        (or: make bench)
+    python tests/figures/bench.py [BACKEND ...]        (or: make bench)
 
 For each backend a fresh process runs both in turn, A B A B ..., after a warm-up of each (compilation is
 not counted), and prints the median seconds and their ratio; peak memory comes from two more processes,

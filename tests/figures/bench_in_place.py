@@ -1,6 +1,6 @@
 """Speed and memory of the in-place backend on the real Gemma 3 270M, 500 tokens of context, float32.
 
-    python tests/bench_in_place.py [--write]        (or: make bench-in-place)
+    python tests/figures/bench_in_place.py [--write]        (or: make bench-in-place)
 
 Absorbing (its proof included) is held against one plain contextual forward of the same tokens, a step of a growing
 patch and a step of a patched model against a plain step with a cache; all in one process, A B A B ..., best of several.

@@ -1,6 +1,6 @@
 """The README's table of Hugging Face families: a tiny random model of each against its own class.
 
-python tests/family_figures.py prints it (`make families`).
+python tests/figures/family_figures.py prints it (`make families`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import families
 import numpy as np
-from test_families import CASES, IDS, POSITIONS, Family, relative
-from test_keras_model import python
+from family_cases import CASES, IDS, POSITIONS, Family, relative
+from processes import python
 
 from blockkit.absorbing.executor import reference
 from blockkit.absorbing.run import logits_of, run_stream

@@ -1,6 +1,6 @@
 """The README's table: the five prompts on the real Gemma 3 270M, by backend and strategy.
 
-python tests/figures.py [BACKEND ...]        (or: make figures)
+python tests/figures/figures.py [BACKEND ...]        (or: make figures)
 """
 
 from __future__ import annotations

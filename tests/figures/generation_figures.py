@@ -1,6 +1,6 @@
 """The README's table of generation: the paper's five prompts on the real Gemma 3 270M, 20 tokens each.
 
-python tests/generation_figures.py [--tokens N] [--write]        (or: make generation)
+python tests/figures/generation_figures.py [--tokens N] [--write]        (or: make generation)
 
 Every run is kept in build/generation.json, so that what was broken off goes on where it stopped (remove it to
 measure anew); --write puts the table into the README.

@@ -1,7 +1,7 @@
 """The zoo: every causal-LM class of the installed transformers, small and random, absorbs a context.
 
-python tests/zoo.py prints a table (`make zoo`); --write puts it into the README, --json prints all that was measured,
---list only builds and runs the classes, --only GLOB chooses some, --jobs N works on several at once.
+python tests/figures/zoo.py prints a table (`make zoo`); --write puts it into the README, --json prints all that was
+measured, --list only builds and runs the classes, --only GLOB chooses some, --jobs N works on several at once.
 """
 
 from __future__ import annotations

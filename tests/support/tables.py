@@ -1,6 +1,6 @@
 """The README's tables that follow from the code: the components, and what the planner derives for every family.
 
-python tests/tables.py prints them; with --write they take the place of those in the README (`make table`).
+python tests/support/tables.py prints them; with --write they take the place of those in the README (`make table`).
 """
 
 from __future__ import annotations
