@@ -32,25 +32,25 @@ lint: $(TEST)/.ready
 	$(TEST)/bin/lint-imports
 
 figures: $(TEST)/.ready
-	$(SCRIPT)/figures.py
+	$(SCRIPT)/figures.py --write
 
 table: $(TEST)/.ready
 	$(SCRIPT)/tables.py --write
 
 families: $(TEST)/.ready
-	$(SCRIPT)/family_figures.py
+	$(SCRIPT)/family_figures.py --write
 
 bench: $(TEST)/.ready
-	$(SCRIPT)/bench.py
+	$(SCRIPT)/bench.py --write
 
 bench-in-place: $(TEST)/.ready
 	$(SCRIPT)/bench_in_place.py --write
 
 scale: $(TEST)/.ready
-	$(SCRIPT)/bench_scale.py
+	$(SCRIPT)/bench_scale.py --write
 
 attack: $(TEST)/.ready
-	$(SCRIPT)/attack_figures.py
+	$(SCRIPT)/attack_figures.py --write
 
 zoo: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/zoo.py --jobs 2 --write
