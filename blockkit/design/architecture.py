@@ -29,6 +29,9 @@ class Block:
         input: the name of the residual stream.
         tied: globs of parameters that are also used outside one block, so may not move.
         frozen: globs of parameters that may not move because the designer says so.
+
+    Raises:
+        BadInput: two components have one name, or the output is none of them.
     """
 
     output: Any
@@ -167,6 +170,9 @@ class Architecture:
         constants: numbers for the symbols used in sizes and settings.
         components: the composites that the blocks use, as they are written (see `blockkit.design.vocabulary`).
         context_length: the longest sequence the model was made for.
+
+    Raises:
+        BadInput: there is no block, or the layers do not fit the blocks.
     """
 
     name: str
@@ -198,6 +204,11 @@ class Architecture:
         return None if found is None or isinstance(found, str) else float(found)
 
     def size(self, value: int | str) -> Size:
+        """A size with the known constants put in.
+
+        Raises:
+            BadInput: the text is not a size.
+        """
         return Size.of(value).bind(self.constants)
 
     @cached_property
@@ -206,6 +217,11 @@ class Architecture:
         return {kind: self.graph_of(block) for kind, block in self.blocks.items()}
 
     def graph_of(self, block: Block) -> Graph:
+        """The graph of one block, with all known constants put in.
+
+        Raises:
+            BadInput: see `Block.graph`.
+        """
         return replace(block, width=self.width).graph(self.constants)
 
     @cached_property
@@ -214,6 +230,11 @@ class Architecture:
         return self.size(self.layers.count).known if self.layers else None
 
     def kind_at(self, layer: int) -> str:
+        """The kind of the block that stands in a layer, counted from 0.
+
+        Raises:
+            BadInput: the architecture does not say which block stands where.
+        """
         if self.layers is None:
             raise BadInput(f"{self.name} does not say which block stands in which layer (give `layers`)")
         return self.layers.pattern[layer % len(self.layers.pattern)]

@@ -1,7 +1,6 @@
 """Every supported model type: its class's logits, an exact absorbed context, a checkpoint that the class can run."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,11 +51,8 @@ def on_keras(family: Callable[[str], Family], tmp_path_factory: pytest.TempPathF
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def test_every_supported_model_type_is_tried_and_listed() -> None:
+def test_every_supported_model_type_is_tried() -> None:
     assert {model_type for model_type, _ in CASES.values()} == set(supported())
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    listed = readme.split("of these model types: ")[1].split(". A setting")[0]
-    assert re.findall(r"`(\w+)`", listed) == sorted(supported())
 
 
 @every_case

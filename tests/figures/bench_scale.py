@@ -3,7 +3,8 @@
     python tests/figures/bench_scale.py [--write]      (or: make scale)
 
 For five shapes of graphs (`scale.py`), from 10 to 100,000 nodes: seconds of processor time for `check` (which, for a
-no, also looks for the smallest change) and for `plan`, in one process. `--write` puts the table into the README.
+no, also looks for the smallest change) and for `plan`, in one process. `--write` puts the table into the
+handbook's data.
 Beside the table it prints what `import blockkit` takes in a new process, and then a model of 126 blocks.
 """
 
@@ -12,11 +13,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import readme
+import results
 from scale import SHAPES, seconds
 
 COUNTS = (10, 100, 1_000, 10_000, 100_000)
-START, END = "<!-- scale: make scale -->", "<!-- end of scale -->"
+HEAD = ("nodes", "check, slowest shape", "plan, slowest shape", "both, per node, over the shapes")
 NEW_PROCESS = """
 import time
 start = time.process_time()
@@ -27,18 +28,15 @@ print(imported - start, time.process_time() - imported)
 """
 
 
-def table() -> str:
+def table() -> results.Table:
     """One row for each number of nodes, with the slowest shape's figures."""
-    rows = [
-        "| nodes | check, slowest shape | plan, slowest shape | both, per node, over the shapes |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for count in COUNTS:
         found = [measured(name, count) for name in SHAPES]
         checked, planned = (max(times) for times in zip(*((c, p) for c, p, _ in found), strict=True))
         each = [1e6 * (c + p) / nodes for c, p, nodes in found]
-        rows.append(f"| {count:,} | {checked:.2g} s | {planned:.2g} s | {min(each):.0f} to {max(each):.0f} µs |")
-    return "\n".join(rows)
+        rows.append((f"{count:,}", f"{checked:.2g} s", f"{planned:.2g} s", f"{min(each):.0f} to {max(each):.0f} µs"))
+    return results.Table.of(HEAD, rows)
 
 
 def measured(name: str, count: int) -> tuple[float, float, int]:
@@ -66,4 +64,4 @@ if __name__ == "__main__":
     found = table()
     print(found)
     if "--write" in sys.argv:
-        readme.write(START, END, found)
+        results.write("scale", [found])

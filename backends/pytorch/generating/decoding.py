@@ -77,6 +77,7 @@ class Sampling(sampling.Sampling):
     """Draws of the next token; see `blockkit.absorbing.sampling.Sampling` for its numbers and their limits."""
 
     def generator(self) -> torch.Generator:
+        """A source of chance that starts at the seed."""
         return torch.Generator().manual_seed(self.seed)
 
     def noise(self, vocabulary: int, generator: torch.Generator) -> Tensor | None:
