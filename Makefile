@@ -8,7 +8,7 @@ TEST := .venv
 EXTRAS := gemma$(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND))
 PIP_QUIET := -m pip install --quiet --disable-pip-version-check
 SCRIPT := PYTHONPATH=tests/support:tests/checkpoint:tests/keras $(TEST)/bin/python tests/figures
-PERIODIC := figures families table bench bench-in-place scale attack zoo generation
+PERIODIC := figures elsewhere families table bench bench-in-place scale attack zoo generation
 
 .PHONY: demo test lint docs check-all clean help $(PERIODIC)
 
@@ -40,6 +40,9 @@ figures: $(TEST)/.ready
 
 table: $(TEST)/.ready
 	$(SCRIPT)/tables.py --write
+
+elsewhere: $(TEST)/.ready
+	$(SCRIPT)/elsewhere.py --write
 
 families: $(TEST)/.ready
 	$(SCRIPT)/family_figures.py --write
