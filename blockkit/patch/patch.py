@@ -43,7 +43,8 @@ class Patch:
         measured: error of the edited model's ordinary run (`linf`, `tvd`, `top1_agree`).
         batch: how many prompts the query is. A per-token change then has a row for each token, or for each prompt.
         padding: how many tokens on the left of each prompt are no tokens; empty where there are none.
-        positions: the query's positions, as `query` is; empty where all follow `context_length` others.
+        positions: the query's positions, as `query` is, once or several times (see `position_ids`); empty where all
+            follow `context_length` others.
         transposed: slots whose stored tensor is `[d_in, d_out]`.
         tensors: for a patch of the kit's own models, the weights of the checkpoint that are a slot and nothing
             else; None where the slots are the model's own names.
@@ -82,10 +83,16 @@ class Patch:
     def position_ids(self) -> np.ndarray:
         """The query's positions, `[batch, tokens]`: a prompt's first token stands where its context ended.
 
-        What stands left of a shorter prompt has position 0; nothing looks at it.
+        `[k, batch, tokens]` for a model that gives each token several (image, row, column). What stands left of a shorter prompt has position 0; nothing looks at it.
         """
+        return self._places
+
+    @property
+    def _places(self) -> np.ndarray:
         if self.positions:
-            return np.array(self.positions).reshape(self.batch, -1)
+            several = len(self.positions) // len(self.query)
+            shape = (self.batch, -1) if several == 1 else (several, self.batch, -1)
+            return np.array(self.positions).reshape(shape)
         places = np.arange(len(self.query) // self.batch)[None] - self._padding[:, None]
         return np.where(places < 0, 0, places + self.context_length)
 
@@ -97,7 +104,7 @@ class Patch:
     def validity(self) -> str:
         """For which tokens the patch is exact, in words."""
         served = {"last": "the last token", "each": "every token, each with its own patch", "all": "every token"}
-        real = self.position_ids[self.attention_mask == 1]
+        real = self._places[..., self.attention_mask == 1]
         where = f"{len(self.query) // self.batch} token(s), at positions {real.min()} to {real.max()}"
         if self.batch == 1:
             return f"exact for {served[self.tokens]} of one query of {where}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blockkit.absorbing.generation import Settings, Static, Step, Yardstick
 from blockkit.absorbing.metrics import compare
 
-from ..absorbing.absorb import call
+from ..absorbing.run import call
 from ..blocks.traced import trace
 from ..calling.interface import Interface
 from ..calling.loading import load_model

@@ -21,8 +21,9 @@ from blockkit.absorbing.metrics import Comparison, compare
 from blockkit.absorbing.proof import require_exact
 from blockkit.errors import BadInput, ExactnessLost
 
-from ..absorbing.absorb import absorbed_patch, call, model_dtype, originals
+from ..absorbing.absorb import absorbed_patch, originals
 from ..absorbing.lockstep import Solver, Task, plans
+from ..absorbing.run import call, model_dtype
 from ..blocks.traced import Traced, trace
 from ..calling.arguments import require_whole, stops
 from ..calling.interface import Interface
