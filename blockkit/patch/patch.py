@@ -83,7 +83,8 @@ class Patch:
     def position_ids(self) -> np.ndarray:
         """The query's positions, `[batch, tokens]`: a prompt's first token stands where its context ended.
 
-        `[k, batch, tokens]` for a model that gives each token several (image, row, column). What stands left of a shorter prompt has position 0; nothing looks at it.
+        `[k, batch, tokens]` for a model that gives each token several (image, row, column). What stands left of a
+        shorter prompt has position 0; nothing looks at it.
         """
         return self._places
 

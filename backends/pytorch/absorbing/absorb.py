@@ -23,6 +23,7 @@ from ..calling.interface import Interface
 from ..calling.prompts import Prompt, joined, require_fitting, require_ready
 from ..editing.editor import fingerprint
 from ..editing.patch import TorchPatch
+from ..editing.proving import worn
 from ..watching.observe import Chosen
 from ..watching.watcher import Finished, Rows, Seen, Watcher
 from .lockstep import NeverRead, Solver, Task, plans
@@ -137,7 +138,7 @@ def _absorbed(
         solver.require_all()
         before = runs.contextual.length - runs.query
         patch = absorbed_patch(model, interface, task, solver, tokens, before, runs.reduced)
-        with patch.applied(model):
+        with worn(patch, model):
             own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
         target_rows = _real(wanted, runs)
         measured = compare(_real(own, runs), target_rows)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blockkit.errors import BadInput
 
+from .exclusive import of_this_thread
 
 INPUTS = frozenset(["input_ids", "inputs_embeds", "decoder_input_ids"])
 HANDED_ON = frozenset(["position_ids", "logits_to_keep", "use_cache"])  # what a wrapper may take without naming it
@@ -224,7 +225,7 @@ def _read_by_ids(model: nn.Module, tables: list[nn.Embedding]) -> int | None:
 
     with ExitStack() as hooks, torch.no_grad(), suppress(Exception):  # a model that needs more shows its tables too
         for table in tables:
-            hooks.enter_context(table.register_forward_pre_hook(hook))
+            hooks.enter_context(table.register_forward_pre_hook(of_this_thread(hook)))
         args, kwargs = Interface.named(model).inputs(ids)
         model(*args, **kwargs)
     return found[0] if found else None

@@ -163,9 +163,9 @@ def remove(patch: Patch, model: nn.Module) -> None:
     if place < len(stack) - 1:
         above = ", then ".join(said(applied.patch) for applied in reversed(stack[place + 1 :]))
         raise BadInput(f"{said(patch)} lies under others on this {type(model).__name__}; remove first {above}")
-    with sole_use(model), torch.inference_mode(False), torch.no_grad():
+    with sole_use(model, wait=True), torch.inference_mode(False), torch.no_grad():
         stack[-1].restore(model)
-    stack.pop()
+        stack.pop()
 
 
 def _carried(model: nn.Module) -> list[Applied]:
@@ -231,19 +231,27 @@ def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt
                 f"{slot.parameter} was made in torch.inference_mode() and is read-only; use merge=False, or load the "
                 "model outside of it"
             )
-    values = {name: _finite(name, slot, patch) for name, slot in slots.items()}
-    by_parameter = _by_parameter(slots)
-    originals = {parameter: own[0].whole.data for parameter, own in by_parameter.items()}
+    values, parameters = merged_values(patch, slots), by_parameter(slots)
+    originals = {parameter: own[0].whole.data for parameter, own in parameters.items()}
     try:
-        for own in by_parameter.values():
-            _put(own[0].whole, _whole(own, values))
+        for own in parameters.values():
+            _put(own[0].whole, whole_value(own, values))
         rows = [row(s, patch.changes[n], "merged", _difference(s.tensor, values[n])) for n, s in slots.items()]
         _APPLIED.setdefault(model, []).append(Applied(patch, lambda model: _restore(model, originals)))
     except BaseException:
         for parameter, original in originals.items():
-            _put(by_parameter[parameter][0].whole, original)
+            _put(parameters[parameter][0].whole, original)
         raise
     return Receipt(tuple(rows), patch.validity)
+
+
+def merged_values(patch: Patch, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """The slots' new numbers.
+
+    Raises:
+        BadInput: one overflows in its dtype.
+    """
+    return {name: _finite(name, slot, patch) for name, slot in slots.items()}
 
 
 def _finite(name: str, slot: Slot, patch: Patch) -> Tensor:
@@ -253,7 +261,7 @@ def _finite(name: str, slot: Slot, patch: Patch) -> Tensor:
     return value
 
 
-def _by_parameter(slots: Mapping[str, Slot]) -> dict[str, list[Slot]]:
+def by_parameter(slots: Mapping[str, Slot]) -> dict[str, list[Slot]]:
     """The slots of each parameter: itself, or slices of it."""
     found: dict[str, list[Slot]] = {}
     for slot in slots.values():
@@ -261,7 +269,7 @@ def _by_parameter(slots: Mapping[str, Slot]) -> dict[str, list[Slot]]:
     return found
 
 
-def _whole(slots: list[Slot], values: Mapping[str, Tensor]) -> Tensor:
+def whole_value(slots: list[Slot], values: Mapping[str, Tensor]) -> Tensor:
     """A parameter's new numbers: those of its slot, or the stack with its changed slices."""
     if slots[0].index is None:
         return values[slots[0].name]
@@ -367,12 +375,12 @@ class Factored:
 
 
 def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
-    by_parameter = {name: {slot.index: slot for slot in own} for name, own in _by_parameter(slots).items()}
-    handler = Factored(patch, by_parameter)
-    restore = intercept(model, list(by_parameter), handler)
+    parameters = {name: {slot.index: slot for slot in own} for name, own in by_parameter(slots).items()}
+    handler = Factored(patch, parameters)
+    restore = intercept(model, list(parameters), handler)
     try:
         found = named(model)
-        for name in by_parameter:
+        for name in parameters:
             if getattr(found[name], "handler", None) is not handler:
                 raise BadInput(f"{name} cannot be intercepted: its module gives another tensor back")
         rows = tuple(row(slot, patch.changes[name], "factored", 0.0) for name, slot in slots.items())

@@ -8,7 +8,9 @@ results of events are plain tensors, so nothing but the parameters themselves is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import FunctionType
@@ -86,6 +88,28 @@ Handler = Callable[[Event], Tensor | None]
 """Asked about every event: gives its result, or None to keep `event.output`."""
 
 
+@dataclass(frozen=True, eq=False)
+class OfThread:
+    """A handler for the thread that made it; all others read the parameter itself.
+
+    Attributes:
+        values: in place of named parameters, for that thread, which then is not asked about their events.
+    """
+
+    handler: Handler | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def __call__(self, event: Event) -> Tensor | None:
+        return None if self.handler is None else self.handler(event)
+
+    def read(self, tensor: Intercepted) -> Tensor:
+        """What this thread reads of a stand-in: itself, another value, or the parameter."""
+        if threading.get_ident() != self.thread:
+            return tensor.plain
+        return self.values.get(tensor.origin.name, tensor) if isinstance(tensor.origin, Root) else tensor
+
+
 class Intercepted(Tensor):
     """A parameter, or a tensor derived from parameters alone; made by `Intercepted.of`.
 
@@ -112,13 +136,21 @@ class Intercepted(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _called(func, args, kwargs or {})
+        given: list[Tensor] = []
+        _gather((args, kwargs), given)
+        if all(_read(t) is t for t in given):
+            return _called(func, args, kwargs or {})
+        args, kwargs = _mapped(args, _read), _mapped(dict(kwargs or {}), _read)
+        _gather((args, kwargs), left := [])
+        return _called(func, args, kwargs) if any(isinstance(t, Intercepted) for t in left) else func(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbind(0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Intercepted:
         """A copied model keeps what is intercepted, with the same handler."""
+        if (own := _read(self)) is not self:
+            return deepcopy(own, memo)
         if id(self) not in memo:
             plain = _copied(self.plain, memo)
             copy = _made(plain, self.origin, self.names, self.handler)
@@ -156,6 +188,16 @@ _MAKERS = {
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, Tensor.__repr__,
     Tensor.__format__, Tensor.untyped_storage, Tensor.numpy,
 }  # fmt: skip
+
+
+def _read(tensor: Tensor) -> Tensor:
+    """What this thread reads of a tensor."""
+    while isinstance(tensor, Intercepted) and isinstance(tensor.handler, OfThread):
+        below = tensor.handler.read(tensor)
+        if below is tensor:
+            break
+        tensor = below
+    return tensor
 
 
 def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

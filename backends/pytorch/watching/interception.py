@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from blockkit.errors import BadInput
 from blockkit.graph.graph import suggest
 
-from .intercepted import Handler, Intercepted, bare
+from .intercepted import Handler, Intercepted, OfThread, bare
 
 
 @contextmanager
 def intercepting(model: nn.Module, names: Sequence[str], handler: Handler) -> Iterator[None]:
     """The model with the named parameters intercepted; the very same parameters are back afterwards.
 
+    Other threads that run it meanwhile run it with the parameters themselves.
+
     A parameter that several modules share is intercepted in all of them, under the name that is given here.
 
     Raises:
         BadInput: the model has no such parameter.
     """
-    restore = intercept(model, names, handler)
+    restore = intercept(model, names, OfThread(handler))
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.traced import Traced
+from ..calling.exclusive import of_this_thread
 from .watcher import Finished
 
 
@@ -38,7 +39,7 @@ def own_positions(model: nn.Module, traced: Traced, run: Callable[[], Any], batc
     with ExitStack() as hooks, torch.no_grad(), suppress(Finished):
         for path in above:
             hook = last if path == block.path else look
-            hooks.enter_context(modules[path].register_forward_pre_hook(hook, with_kwargs=True))
+            hooks.enter_context(modules[path].register_forward_pre_hook(of_this_thread(hook), with_kwargs=True))
         run()
     return found[0].clone() if found else None
 
