@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoint.folder import write_folder
 from ..checkpoint.model import Model, stored_name
 from ..errors import BadInput, BlockkitError
-from ..graph.changes import Change, dense, narrowed, shape_of
+from ..graph.changes import Change, dense, digest, narrowed, shape_of
 from .file import read_patch, write_patch
 from .in_place import Receipt, backend_of
 
@@ -227,6 +227,13 @@ class Patch:
                 f"the patch was made for other weights than those in {model.folder.path}: "
                 "the hash of the weights that it changes differs"
             )
+
+    def same_as(self, other: Patch) -> bool:
+        """Whether two patches are one, perhaps saved and loaded in between."""
+        if self is other:
+            return True
+        mine, its = ((dict(p.made_for), p.query, p.changes.keys()) for p in (self, other))
+        return mine == its and all(digest(self.changes[s]) == digest(other.changes[s]) for s in self.changes)
 
     def require_mergeable(self) -> None:
         """Refuses a patch that has no merged form.
