@@ -20,6 +20,7 @@ from ..blocks.traced import Traced, trace
 from ..calling.arguments import Retained, decoder_ids, globs, keywords, places
 from ..calling.exclusive import sole_use
 from ..calling.interface import Interface
+from ..calling.numbers import readable
 from ..calling.prompts import Prompt, joined, require_fitting, require_ready
 from ..editing.editor import fingerprint
 from ..editing.patch import TorchPatch
@@ -205,7 +206,8 @@ def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, frozen: tu
 def originals(model: nn.Module) -> Callable[[str], Tensor]:
     """The model's parameters and buffers, by name in the state dict."""
     held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return dict(held).__getitem__
+    known = dict(held)
+    return lambda name: readable(name, known[name])
 
 
 def absorbed_patch(

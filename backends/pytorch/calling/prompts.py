@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from blockkit.errors import BadInput
 
 from .interface import Interface, device_of, led_to, vocabulary
+from .numbers import require_numbers
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,5 @@ def require_ready(model: Any) -> Interface:
         raise BadInput(
             f"the model is in training mode ({training[0]}): dropout makes every run another one; call model.eval()"
         )
-    empty = [n for n, p in model.named_parameters() if p.is_meta]
-    if empty:
-        raise BadInput(f"{empty[0]} is on the meta device and has no numbers: load the weights first")
+    require_numbers(model)
     return interface

@@ -141,7 +141,8 @@ class Intercepted(Tensor):
         if all(_read(t) is t for t in given):
             return _called(func, args, kwargs or {})
         args, kwargs = _mapped(args, _read), _mapped(dict(kwargs or {}), _read)
-        _gather((args, kwargs), left := [])
+        left: list[Tensor] = []
+        _gather((args, kwargs), left)
         return _called(func, args, kwargs) if any(isinstance(t, Intercepted) for t in left) else func(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:

@@ -28,7 +28,7 @@ def own_positions(model: nn.Module, traced: Traced, run: Callable[[], Any], batc
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = kwargs.get("position_ids")
-        if _are_positions(value, tokens):
+        if isinstance(value, Tensor) and _are_positions(value, tokens):
             found.append(value.detach().expand(*value.shape[:-2], batch, tokens).long())
 
     def last(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,6 +44,5 @@ def own_positions(model: nn.Module, traced: Traced, run: Callable[[], Any], batc
     return found[0].clone() if found else None
 
 
-def _are_positions(value: Any, tokens: int) -> bool:
-    whole = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
-    return whole and 2 <= value.dim() <= 3 and value.shape[-1] == tokens
+def _are_positions(value: Tensor, tokens: int) -> bool:
+    return value.dtype in (torch.int64, torch.int32) and 2 <= value.dim() <= 3 and value.shape[-1] == tokens
