@@ -253,6 +253,11 @@ class Patch:
             BadInput: a wrong model, a patch that has no merged form, or a folder that cannot be written.
         """
         self.require_mergeable()
+        if self.tensors is None:
+            raise BadInput(
+                "the patch was made on a model in memory, whose own names it has; put it on that model and save it: "
+                "patch.apply(model, merge=True); model.save_pretrained(folder)"
+            )
         self.check(model)
         merged = {slot: dense(model.parameter(slot), change) for slot, change in self.changes.items()}
         write_folder(model.folder, out, model.rewritten(merged))

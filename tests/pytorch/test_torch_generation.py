@@ -26,7 +26,7 @@ from torch_modules import LanguageModel, LayerScale, drawn
 
 from blockkit import extras
 from blockkit.absorbing import generation as core
-from blockkit.backends.pytorch import Sampling, generate
+from blockkit.backends.pytorch import Patch, Sampling, generate
 from blockkit.backends.pytorch.generating.decoding import Decoder, cache_keyword
 from blockkit.backends.pytorch.generating.experiment import TransformersExperiment, reference_runs
 from blockkit.backends.pytorch.generating.generate import Generation
@@ -407,6 +407,19 @@ def test_the_page_the_metrics_and_the_plot(cli: CommandLine, checkpoint: Path) -
     assert all(float(r["linf"]) < float(r["unpatched_linf"]) for r in rows)
     assert "<svg" in Path("p.svg").read_text()
     assert {p.name for p in Path().iterdir()} == {"prompt.txt", "m.csv", "p.svg"}
+
+
+@pytest.mark.parametrize("tokens", ["each", "all"])
+def test_the_patch_is_written(tokens: str, cli: CommandLine, checkpoint: Path) -> None:
+    done = cli("generate", "--model", checkpoint, *WORDS, "--tokens", tokens, "--out", "p.safetensors", "--json")
+    assert done.status == 0 and done.json["out"] == "p.safetensors"
+    patch, model = Patch.load("p.safetensors"), hf.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    chosen = [token["id"] for token in done.json["tokens"]]
+    assert list(patch.query[1:]) == chosen[:3] if tokens == "all" else list(patch.query) == chosen[2:3]
+    with torch.no_grad(), patch.applied(model):
+        own = model(torch.as_tensor(patch.query_ids), position_ids=patch.position_ids).logits[0].argmax(-1)
+    assert own.tolist() == (chosen if tokens == "all" else chosen[3:])
+    assert {p.name for p in Path().iterdir()} == {"p.safetensors"}
 
 
 def test_tokens_are_printed_before_the_last_one_is_known(

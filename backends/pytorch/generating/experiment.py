@@ -19,6 +19,7 @@ from ..blocks.traced import trace
 from ..calling.interface import Interface
 from ..calling.loading import load_model
 from ..calling.prompts import joined
+from ..editing.patch import TorchPatch
 from .decoding import Decoder, Sampling, cache_keyword
 from .generate import Generation, generate, logit_rows
 
@@ -79,6 +80,12 @@ class TransformersExperiment:
                 )
             )
         return found
+
+    def patch(self) -> TorchPatch:
+        """See `Experiment`."""
+        if self.generation.patch is None:
+            raise RuntimeError("nothing was generated")
+        return self.generation.patch
 
     def static(self) -> Static | None:
         """See `Experiment`; after `yardsticks`."""
