@@ -8,10 +8,10 @@ EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
 comma := ,
 SCRIPT := PYTHONPATH=tests/support:tests/checkpoint:tests/keras $(TEST)/bin/python tests
 
-.PHONY: demo test lint figures table families bench bench-in-place scale attack zoo generation clean help
+.PHONY: demo test lint figures table families bench bench-in-place scale attack zoo generation versions clean help
 
 help:
-	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make bench-in-place, make scale, make attack, make zoo, make generation, make clean; BACKEND=jax make demo runs it on JAX"
+	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make bench-in-place, make scale, make attack, make zoo, make generation, make versions, make clean; BACKEND=jax make demo runs it on JAX"
 
 demo: $(DEMO)/.ready-$(BACKEND)
 	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
@@ -51,6 +51,9 @@ zoo: $(TEST)/.ready
 
 generation: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/figures/generation_figures.py --write
+
+versions: $(TEST)/.ready
+	OMP_NUM_THREADS=1 $(SCRIPT)/figures/versions.py
 
 $(DEMO)/.ready-$(BACKEND): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
