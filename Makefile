@@ -53,7 +53,7 @@ generation: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/figures/generation_figures.py --write
 
 versions: $(TEST)/.ready
-	OMP_NUM_THREADS=1 $(SCRIPT)/figures/versions.py
+	OMP_NUM_THREADS=2 $(SCRIPT)/figures/versions.py
 
 $(DEMO)/.ready-$(BACKEND): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blockkit needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }

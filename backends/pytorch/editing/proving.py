@@ -45,5 +45,5 @@ def worn(patch: Patch, model: nn.Module) -> Iterator[None]:
 def _under(stands: Tensor, value: Tensor) -> Tensor:
     """The value in a parameter's place, under whatever lies on the parameter."""
     if isinstance(stands, Intercepted):
-        return Intercepted.of(_under(stands.plain, value), stands.names[0], stands.handler)
+        return Intercepted.of(_under(stands.plain, value), stands.roots[0], stands.handler)
     return nn.Parameter(value, requires_grad=False)

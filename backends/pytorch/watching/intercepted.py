@@ -81,7 +81,7 @@ class Event:
         """The parameter `name` itself, as it is stored."""
         found: list[Tensor] = []
         _gather(self._given, found)
-        return next(root.plain for t in found for root in _roots(t, self._handler) if root.names == (name,))
+        return next(root.plain for t in found for root in _roots(t, self._handler) if root.roots == (name,))
 
 
 Handler = Callable[[Event], Tensor | None]
@@ -116,13 +116,13 @@ class Intercepted(Tensor):
     Attributes:
         plain: the tensor that it stands for.
         origin: the parameter, or the call that it came from.
-        names: of the parameters that it comes from.
+        roots: the names of the parameters that it comes from (a tensor of older versions has `names` of its own).
         handler: who is asked about the events that read it.
     """
 
     plain: Tensor
     origin: Origin
-    names: tuple[str, ...]
+    roots: tuple[str, ...]
     handler: Handler
 
     @staticmethod
@@ -154,7 +154,7 @@ class Intercepted(Tensor):
             return deepcopy(own, memo)
         if id(self) not in memo:
             plain = _copied(self.plain, memo)
-            copy = _made(plain, self.origin, self.names, self.handler)
+            copy = _made(plain, self.origin, self.roots, self.handler)
             copy._is_param = getattr(self, "_is_param", False)
             memo[id(self)] = copy
         return memo[id(self)]
@@ -172,7 +172,7 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 def _made(plain: Tensor, origin: Origin, names: tuple[str, ...], handler: Handler) -> Intercepted:
     make: Callable[..., Intercepted] = Tensor._make_subclass
     made = make(Intercepted, plain, plain.requires_grad and plain.is_leaf and not plain.is_inference())
-    made.plain, made.origin, made.names, made.handler = plain, origin, names, handler
+    made.plain, made.origin, made.roots, made.handler = plain, origin, names, handler
     return made
 
 
@@ -269,7 +269,7 @@ def _derived(result: Any, step: Step, names: tuple[str, ...], handler: Handler) 
 
 def _recomputed(tensor: Intercepted, values: Mapping[str, Tensor], handler: Handler) -> Tensor:
     """The tensor, derived from other values of the parameters."""
-    if not any(name in values for name in tensor.names):
+    if not any(name in values for name in tensor.roots):
         return tensor.plain
     origin = tensor.origin
     if isinstance(origin, Root):
@@ -321,7 +321,7 @@ def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         func(target.plain, *_mapped(args[1:], bare), **_mapped(kwargs, bare))
         return target
     raise BadInput(
-        f"the model changes in place ({name}) what it computed of {', '.join(target.names)}; that cannot be followed"
+        f"the model changes in place ({name}) what it computed of {', '.join(target.roots)}; that cannot be followed"
     )
 
 
@@ -341,8 +341,8 @@ def _is_number(index: Any) -> bool:
 
 def _names(mine: Sequence[Intercepted], handler: Handler) -> tuple[str, ...]:
     if len(mine) == 1:
-        return mine[0].names
-    return tuple(dict.fromkeys(name for t in mine if t.handler is handler for name in t.names))
+        return mine[0].roots
+    return tuple(dict.fromkeys(name for t in mine if t.handler is handler for name in t.roots))
 
 
 def _gather(value: Any, found: list[Tensor]) -> None:

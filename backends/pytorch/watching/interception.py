@@ -56,7 +56,7 @@ def intercept(model: nn.Module, names: Sequence[str], handler: Handler) -> Calla
             if _stands(holder, key) is stand_in:
                 holder[key] = parameter
             else:
-                exchanged.append(stand_in.names[0])
+                exchanged.append(stand_in.roots[0])
             replaced.pop()
         return exchanged
 
