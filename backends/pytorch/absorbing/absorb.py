@@ -111,8 +111,8 @@ def absorb(
     more = {**own, **keywords("context_inputs", context_inputs)}
     traced = trace(model, (_of_one(both, len(query)) or None) if example is None else example)
     whole = replace(whole, positions=whole.positions + traced.first)
-    require_padding_unseen(model, interface, whole, more)
     runs = _runs(placed(model, interface, traced, whole, more), query, kept, tokens, (more, own))
+    require_padding_unseen(model, interface, runs.contextual, more)
     require_held(model, interface, traced, runs.reduced, own)
     task = _task(runs, strategy, tokens, merge, held)
     capacity = None if task.per_row else runs.reduced.batch * runs.served
