@@ -23,10 +23,11 @@ from .hub_storage import Stored, host, names
 
 @dataclass(frozen=True)
 class _Applied:
-    """A patch that lies on a model; the variables that it changed, and what each of them held before."""
+    """A patch that lies on a model; the variables that it changed, what each of them held before, and holds since."""
 
     patch: Patch
     originals: tuple[tuple[Any, np.ndarray], ...]
+    merged: tuple[np.ndarray, ...]
 
 
 _applied: WeakKeyDictionary[Any, list[_Applied]] = WeakKeyDictionary()  # by model, the last one on top
@@ -63,12 +64,15 @@ def apply(patch: Patch, model: Any, merge: bool) -> Receipt:
     if not merge:
         raise BadInput("a KerasHub model has no place for factors beside its weights; apply the patch with merge=True")
     patch.require_mergeable()
+    if any(one.patch.same_as(patch) for one in _applied.get(model, [])):
+        raise BadInput(f"the patch is on {model.name} already")
     stored = variables(model)
     check(patch, model)
     originals = tuple((stored[name].variable, host(stored[name].variable)) for name in patch.changes)
     try:
         changed = [_merge(name, stored[name], change) for name, change in patch.changes.items()]
-        _applied.setdefault(model, []).append(_Applied(patch, originals))
+        merged = tuple(host(variable) for variable, _ in originals)
+        _applied.setdefault(model, []).append(_Applied(patch, originals, merged))
     except BaseException:
         _put_back(originals)
         raise
@@ -79,19 +83,45 @@ def remove(patch: Patch, model: Any) -> None:
     """Puts back what the variables held before the patch; see `InPlace.remove`.
 
     Raises:
-        BadInput: the patch is not on the model, or another one lies above it.
+        BadInput: the patch is not on the model (any more), or another one lies above it.
     """
     lying = _applied.get(model, [])
-    if not any(one.patch is patch for one in lying):
+    if not any(one.patch.same_as(patch) for one in lying):
         raise BadInput(f"the patch is not on {model.name}: nothing is there to remove")
-    if lying[-1].patch is not patch:
-        above = len(lying) - 1 - max(i for i, one in enumerate(lying) if one.patch is patch)
+    if not lying[-1].patch.same_as(patch):
+        above = len(lying) - 1 - max(i for i, one in enumerate(lying) if one.patch.same_as(patch))
         raise BadInput(f"{above} other patch(es) lie above it on {model.name}; remove the last one applied first")
     held = {id(variable) for variable in model.variables}
     if gone := [variable.path for variable, _ in lying[-1].originals if id(variable) not in held]:
         raise BadInput(f"{model.name} does not hold {', '.join(gone[:4])} any more; it was rebuilt after the patch")
+    _require_standing(model, lying)
     _put_back(lying[-1].originals)
     lying.pop()
+
+
+def _require_standing(model: Any, lying: list[_Applied]) -> None:
+    """Refuses to put old values over others than the patch's; a patch of which nothing is left is forgotten."""
+    top = lying[-1]
+    states = [
+        "patch"
+        if np.array_equal(now := host(variable), merged)
+        else "before"
+        if np.array_equal(now, before)
+        else "other"
+        for (variable, before), merged in zip(top.originals, top.merged, strict=True)
+    ]
+    others = [v.path for (v, _), state in zip(top.originals, states, strict=True) if state == "other"]
+    if others and "patch" not in states:
+        lying.pop()
+        raise BadInput(
+            f"the patch is no longer on {model.name}: {', '.join(others[:4])} hold other numbers than it put there "
+            "(loaded, or trained, since), and were left as they are"
+        )
+    if others:
+        raise BadInput(
+            f"{', '.join(others[:4])} of {model.name} hold other numbers than the patch put there (loaded, or trained, "
+            "since), so nothing was changed; load all of the model's weights anew, then remove it"
+        )
 
 
 def _put_back(originals: Iterable[tuple[Any, np.ndarray]]) -> None:

@@ -93,6 +93,14 @@ class Static:
     amplification: float
 
 
+class Saved(Protocol):
+    """What can be written to a file."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes it; an existing file is replaced only when the new one is complete."""
+        ...
+
+
 class Experiment(Protocol):
     """A model that is open, and the experiment on it.
 
@@ -112,6 +120,10 @@ class Experiment(Protocol):
 
     def static(self) -> Static | None:
         """With `all`, the run of the finished weights."""
+        ...
+
+    def patch(self) -> Saved:
+        """The patch of the last token (`each`), or the one for all of them (`all`), when all are generated."""
         ...
 
 

@@ -124,6 +124,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     metrics: Annotated[Path | None, typer.Option(help="Write all measurements to this .json or .csv file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the errors into this .png, .svg or .pdf file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the patch to this file: --tokens all the finished one, each the last.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate with the prompt as context, and with the prompt absorbed into the weights, token by token."""
@@ -145,6 +148,8 @@ def generate(
             require_writable(file, option)
     if plot is not None:
         require("matplotlib")
+    if out is not None:
+        require_writable(out)
 
     with progress() as report:
         run = generation.Run(model, text, settings, report)
@@ -162,7 +167,11 @@ def generate(
         report_.write_metrics(result, metrics)
     if plot is not None:
         report_.write_plot(result, plot)
-    show(result, f"\n{found.text}\n\n{report_.generated_text(result)}", as_json)
+    written = ""
+    if out is not None:
+        run.experiment.patch().save(out)
+        result["out"], written = str(out), f"\npatch written to {out}"
+    show(result, f"\n{found.text}\n\n{report_.generated_text(result)}{written}", as_json)
     raise typer.Exit(0 if found.faithful else 1)
 
 

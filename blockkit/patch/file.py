@@ -123,7 +123,7 @@ def _require_batch(facts: Mapping[str, tuple[int, ...]], batch: int) -> None:
         raise ValueError(f"batch is {batch}, and the query has {tokens} tokens")
     if padding and (len(padding) != batch or max(padding) >= tokens // batch):
         raise ValueError(f"padding is {padding!r:.40}")
-    if positions and len(positions) != tokens:
+    if len(positions) % tokens:
         raise ValueError(f"{len(positions)} positions for {tokens} tokens")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoint.folder import write_folder
 from ..checkpoint.model import Model, stored_name
 from ..errors import BadInput, BlockkitError
-from ..graph.changes import Change, dense, narrowed, shape_of
+from ..graph.changes import Change, dense, digest, narrowed, shape_of
 from .file import read_patch, write_patch
 from .in_place import Receipt, backend_of
 
@@ -43,7 +43,8 @@ class Patch:
         measured: error of the edited model's ordinary run (`linf`, `tvd`, `top1_agree`).
         batch: how many prompts the query is. A per-token change then has a row for each token, or for each prompt.
         padding: how many tokens on the left of each prompt are no tokens; empty where there are none.
-        positions: the query's positions, as `query` is; empty where all follow `context_length` others.
+        positions: the query's positions, as `query` is, once or several times (see `position_ids`); empty where all
+            follow `context_length` others.
         transposed: slots whose stored tensor is `[d_in, d_out]`.
         tensors: for a patch of the kit's own models, the weights of the checkpoint that are a slot and nothing
             else; None where the slots are the model's own names.
@@ -82,10 +83,17 @@ class Patch:
     def position_ids(self) -> np.ndarray:
         """The query's positions, `[batch, tokens]`: a prompt's first token stands where its context ended.
 
-        What stands left of a shorter prompt has position 0; nothing looks at it.
+        `[k, batch, tokens]` for a model that gives each token several (image, row, column). What stands left of a
+        shorter prompt has position 0; nothing looks at it.
         """
+        return self._places
+
+    @property
+    def _places(self) -> np.ndarray:
         if self.positions:
-            return np.array(self.positions).reshape(self.batch, -1)
+            several = len(self.positions) // len(self.query)
+            shape = (self.batch, -1) if several == 1 else (several, self.batch, -1)
+            return np.array(self.positions).reshape(shape)
         places = np.arange(len(self.query) // self.batch)[None] - self._padding[:, None]
         return np.where(places < 0, 0, places + self.context_length)
 
@@ -97,7 +105,7 @@ class Patch:
     def validity(self) -> str:
         """For which tokens the patch is exact, in words."""
         served = {"last": "the last token", "each": "every token, each with its own patch", "all": "every token"}
-        real = self.position_ids[self.attention_mask == 1]
+        real = self._places[..., self.attention_mask == 1]
         where = f"{len(self.query) // self.batch} token(s), at positions {real.min()} to {real.max()}"
         if self.batch == 1:
             return f"exact for {served[self.tokens]} of one query of {where}"
@@ -220,6 +228,13 @@ class Patch:
                 "the hash of the weights that it changes differs"
             )
 
+    def same_as(self, other: Patch) -> bool:
+        """Whether two patches are one, perhaps saved and loaded in between."""
+        if self is other:
+            return True
+        mine, its = ((dict(p.made_for), p.query, p.changes.keys()) for p in (self, other))
+        return mine == its and all(digest(self.changes[s]) == digest(other.changes[s]) for s in self.changes)
+
     def require_mergeable(self) -> None:
         """Refuses a patch that has no merged form.
 
@@ -238,6 +253,11 @@ class Patch:
             BadInput: a wrong model, a patch that has no merged form, or a folder that cannot be written.
         """
         self.require_mergeable()
+        if self.tensors is None:
+            raise BadInput(
+                "the patch was made on a model in memory, whose own names it has; put it on that model and save it: "
+                "patch.apply(model, merge=True); model.save_pretrained(folder)"
+            )
         self.check(model)
         merged = {slot: dense(model.parameter(slot), change) for slot, change in self.changes.items()}
         write_folder(model.folder, out, model.rewritten(merged))
