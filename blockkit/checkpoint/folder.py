@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint folder, read and rewritten tensor by tensor."""
 
 import difflib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,12 @@ import numpy as np
 
 from ..atomic import new_folder
 from ..errors import BadInput
+from ..json_reader import read_json
 from .dtypes import decode, encode
 from .safetensors_file import StoredTensor, read_header
 
 _SINGLE = "model.safetensors"
+_LONGEST_NAME = 200
 _INDEX = "model.safetensors.index.json"
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ""}
 
@@ -86,7 +87,7 @@ def open_folder(path: str | Path) -> CheckpointFolder:
         raise BadInput(
             f"{folder} has no config.json; a Hugging Face checkpoint folder is needed, as save_pretrained writes it."
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", finite=False)  # some configurations hold Infinity
     stored = _read_stored(folder)
     shapes = MappingProxyType({name: entry.shape for name, entry in stored.items()})
     return CheckpointFolder(folder, config, shapes, MappingProxyType(stored))
@@ -164,29 +165,23 @@ def _read_stored(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     index = folder / _INDEX
-    placement = _read_json(index).get("weight_map")
+    placement = read_json(index).get("weight_map")
     if not isinstance(placement, dict):
         raise BadInput(f'{index} has no "weight_map" that says which file holds which tensor.')
     stored: dict[str, StoredTensor] = {}
-    for shard in sorted({str(name) for name in placement.values()}):
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise BadInput(f"{index} names the shard {shard!r}, which is not in {folder}.")
+    for shard in sorted({_shard_name(index, name) for name in placement.values()}):
         stored |= read_header(folder / shard)
     lost = sorted(placement.keys() - stored.keys())
     if lost:
-        raise BadInput(f"{index} lists tensors that no shard holds: {', '.join(lost[:5])}.")
+        raise BadInput(f"{index} lists tensors that no shard holds: {', '.join(f'{n:.200}' for n in lost[:5])}.")
     return stored
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BadInput(
-            f"{file} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {file}: {error}") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{file} must hold a JSON object, not {type(value).__name__}.")
-    return value
+def _shard_name(index: Path, name: Any) -> str:
+    """A file beside the index, and one that cannot run code."""
+    plain = isinstance(name, str) and Path(name).name == name and len(name) < _LONGEST_NAME and name.isprintable()
+    if not plain or not (index.parent / name).is_file():
+        raise BadInput(f"{index} names the shard {name!r:.100}, which is not in {index.parent}.")
+    if not name.endswith(".safetensors"):
+        raise BadInput(f"{index} names the shard {name}; only .safetensors files are read, others can run code.")
+    return str(name)

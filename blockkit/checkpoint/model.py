@@ -50,10 +50,12 @@ from ..progress import Progress, silent
 from .cache import resolve_model
 from .configuration import from_config
 from .folder import CheckpointFolder, open_folder
+from .formula import evaluated
 from .tensor_rules import Part, part_of
 
 __all__ = ["Model", "architecture_from_config", "from_config", "open_model", "slots", "stored_name"]
 
+MOST_LAYERS = 10_000
 OUTSIDE = ("head", "head_bias")  # slots whose tensors stand outside the prefix
 
 
@@ -118,7 +120,7 @@ class Model:
             BadInput: tensors are missing, misshapen or unknown; all of them are named.
         """
         prefix = self._prefix()
-        found = {name: self._part(name, shape, prefix) for name, shape in slots(self.architecture)}
+        found = {name: self._part(name, shape, prefix) for name, shape in self._slots}
         faults = list(dict.fromkeys(f for p in found.values() if (f := p.fault(self.folder.shapes))))
         ignored = [prefix + p for p in self.conventions.get("ignored", [])] + ["lm_head.weight"]
         used = {tensor for part in found.values() for tensor in part.tensors}
@@ -126,13 +128,30 @@ class Model:
             if tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
                 faults.append(f"{tensor} is not part of {self.architecture.name}")
         if faults:
-            shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+            shown = "; ".join(f"{fault:.300}" for fault in faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
             raise BadInput(f"{self.folder.path}: the tensors do not fit the configuration: {shown}")
         return found
 
+    @cached_property
+    def _slots(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The model's slots; counted before they are listed, as a configuration may say any number.
+
+        Raises:
+            BadInput: the configuration asks for far more tensors than the checkpoint has.
+        """
+        there, layers = len(self.folder.shapes), self.architecture.depth or 0
+        stacks = [rule for rules in self.conventions["tensors"].values() for rule in _listed(rules) if "stack" in rule]
+        counts = [int(evaluated(rule["count"], self.architecture.constants)) for rule in stacks]
+        if layers > min(there, MOST_LAYERS) or layers * max(counts, default=1) > there + MOST_LAYERS:
+            raise BadInput(
+                f"{self.folder.path}: the configuration asks for {layers} layers"
+                f"{f' of {max(counts)} experts' if counts else ''}, and the checkpoint has {there} tensors"
+            )
+        return list(slots(self.architecture))
+
     def _prefix(self) -> str:
         """The prefix under which most of the slots' tensors are there."""
-        wanted, there = list(slots(self.architecture)), self.folder.shapes
+        wanted, there = self._slots, self.folder.shapes
 
         def found(prefix: str) -> int:
             return sum(all(t in there for t in self._part(*slot, prefix).tensors) for slot in wanted)
@@ -148,8 +167,7 @@ class Model:
         if rules is None:
             raise BadInput(f"{self.architecture.name}: no tensor is known for the parameter {slot}")
         place, numbers = "" if slot in OUTSIDE else prefix, self.architecture.constants
-        listed = rules if isinstance(rules, list) else [rules]
-        found = [part_of(rule, shape, layer, place, numbers) for rule in listed]
+        found = [part_of(rule, shape, layer, place, numbers) for rule in _listed(rules)]
         return next((p for p in found if all(t in self.folder.shapes for t in p.tensors)), found[0])
 
     def parameter(self, slot: str) -> np.ndarray:
@@ -191,6 +209,10 @@ class Model:
         return {"architecture": self.architecture.name, "weights": digest.hexdigest()}
 
 
+def _listed(rules: Any) -> list[Any]:
+    return rules if isinstance(rules, list) else [rules]
+
+
 def open_model(path: Path) -> Model:
     """The model in a Hugging Face checkpoint folder.
 
@@ -210,13 +232,7 @@ def open_checkpoint(model: str, progress: Progress | None = None) -> Model:
     Raises:
         BadInput: nothing of that name or path can be opened.
     """
-    if not model.strip():
-        raise BadInput("the model's name is empty: give a .gguf file, a Hugging Face folder, or gemma3-270m")
-    try:
-        folder = resolve_model(model, progress or silent)
-    except RuntimeError as error:  # ~somebody
-        raise BadInput(f"the model {model!r}: {error}") from None
-    return open_model(folder)
+    return open_model(resolve_model(model, progress or silent))
 
 
 def architecture_from_config(path: Path) -> Architecture:
