@@ -57,12 +57,12 @@ def read_json(file: Path, finite: bool = True, most: int = MOST_BYTES) -> dict[s
         with file.open("rb") as stream:
             text = stream.read(most + 1).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise BadInput(f"{file} is not text (UTF-8)") from None
+        raise BadInput(f"cannot read {file}: it is not text (UTF-8)") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {str(file)!r:.300}: {getattr(error, 'strerror', None) or error}") from None
     found = parse_json(text, str(file), finite, most)
     if not isinstance(found, dict):
-        raise BadInput(f"{file} must hold a JSON object, not {found!r:.40}")
+        raise BadInput(f"{file} must hold a JSON object, not {type(found).__name__}")
     return found
 
 

@@ -88,9 +88,27 @@ def open_folder(path: str | Path) -> CheckpointFolder:
             f"{folder} has no config.json; a Hugging Face checkpoint folder is needed, as save_pretrained writes it."
         )
     config = read_json(folder / "config.json", finite=False)  # some configurations hold Infinity
+    require_not_quantised(config, folder)
     stored = _read_stored(folder)
     shapes = MappingProxyType({name: entry.shape for name, entry in stored.items()})
     return CheckpointFolder(folder, config, shapes, MappingProxyType(stored))
+
+
+def require_not_quantised(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses weights that are not stored as the numbers that they stand for.
+
+    Raises:
+        BadInput: the configuration says that they are quantised, and how.
+    """
+    how = config.get("quantization_config") or config.get("compression_config")
+    if how is None:
+        return
+    said = [how[k] for k in ("quant_method", "fmt", "format", "bits") if isinstance(how, dict) and k in how]
+    method = ", ".join(f"{s:.40}" if isinstance(s, str) else f"{s!r:.40}" for s in said) or "by no named method"
+    raise BadInput(
+        f"{folder} is quantised ({method}): its weights are packed or scaled, and a patch of them cannot be exact. "
+        "Save the model in float32 or bfloat16 first (dequantised), or take its original checkpoint."
+    )
 
 
 def write_folder(source: CheckpointFolder, out: Path, changed: Mapping[str, np.ndarray]) -> None:

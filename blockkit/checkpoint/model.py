@@ -8,7 +8,8 @@ file, `configuration.py` and `tensor_rules.py` only follow it. The section's key
     constants: {d_ff: [n_inner, = 4 * d_model]}        # numbers for the architecture's symbols, in this order
     settings: {blocks.*.nodes.attention.bias: attention_bias}
                                         # PATH: VALUE, put in the `architecture` section; `*` is any key
-    cases:                              # where `when` holds (KEY: value or values), more rules of the other kinds,
+    cases:                              # where `when` holds (KEY: value or values; null: absent or null, given null:
+                                        # null and not absent), more rules of the other kinds,
       - when: {parallel: false}         # which take the place of those above
         settings: {layers.pattern: {value: [sequential]}}
     layer_types: {key: layer_types, full_attention: global}     # block by what the configuration lists for a layer
@@ -17,7 +18,8 @@ file, `configuration.py` and `tensor_rules.py` only follow it. The section's key
     tensors: {SLOT: TENSOR}             # for every parameter slot; `*` is the layer
 
 A VALUE is a key of config.json (`a.b` reaches into a section), `= formula` of the constants so far (see
-`formula.py`), `{key: hidden_act, map: activations}` (or a map written out), or `{value: anything}`; or a list
+`formula.py`), `{key: hidden_act, map: activations}` (or a map written out), or `{value: anything}` (null takes the
+setting away); or a list
 of them: the first that gives anything. Constants must be found; a setting that is not stays as it was.
 
 A TENSOR is a name, for a tensor in the kit's orientation (`[d_out, d_in]` or `[width]`), or says more:
@@ -55,6 +57,7 @@ from .tensor_rules import Part, part_of
 
 __all__ = ["Model", "architecture_from_config", "from_config", "open_model", "slots", "stored_name"]
 
+BUFFERS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached")  # recomputed, never read
 MOST_LAYERS = 10_000
 OUTSIDE = ("head", "head_bias")  # slots whose tensors stand outside the prefix
 
@@ -122,15 +125,34 @@ class Model:
         prefix = self._prefix()
         found = {name: self._part(name, shape, prefix) for name, shape in self._slots}
         faults = list(dict.fromkeys(f for p in found.values() if (f := p.fault(self.folder.shapes))))
-        ignored = [prefix + p for p in self.conventions.get("ignored", [])] + ["lm_head.weight"]
+        ignored = [prefix + p for p in self.conventions.get("ignored", [])] + [self._head_name, *BUFFERS]
+        beside = not self.conventions.get("nested")  # whether a tensor outside the prefix is one too many
         used = {tensor for part in found.values() for tensor in part.tensors}
         for tensor in self.folder.shapes:
-            if tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
+            own = beside or tensor.startswith(prefix)
+            if own and tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
                 faults.append(f"{tensor} is not part of {self.architecture.name}")
         if faults:
             shown = "; ".join(f"{fault:.300}" for fault in faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
             raise BadInput(f"{self.folder.path}: the tensors do not fit the configuration: {shown}")
         return found
+
+    @property
+    def _head_name(self) -> str:
+        """The tensor of an untied head."""
+        rules = _listed(self.conventions["tensors"].get("head", "lm_head.weight"))
+        names = [rule if isinstance(rule, str) else str(rule["tensor"]) for rule in rules]
+        return next((name for name in names if name in self.folder.shapes), names[0])
+
+    @property
+    def has_other_head(self) -> bool:
+        """Whether the configuration ties the head to the embedding, and the checkpoint has another head stored.
+
+        `transformers` (from version 5 on) then takes the stored one.
+        """
+        if not self.architecture.tied or self._head_name not in self.folder.shapes:
+            return False
+        return not np.array_equal(self.folder.tensor(self._head_name), self.parameter("embedding"))
 
     @cached_property
     def _slots(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -220,7 +242,14 @@ def open_model(path: Path) -> Model:
         BadInput: the folder, its configuration or its tensors cannot be used.
     """
     folder = open_folder(path)
-    architecture, conventions = from_config(folder.config, str(path))
+    model = _model(folder, folder.config)
+    if model.has_other_head:  # the stored one counts, whatever the configuration says
+        model = _model(folder, folder.config | {"tie_word_embeddings": False})
+    return model
+
+
+def _model(folder: CheckpointFolder, config: Mapping[str, Any]) -> Model:
+    architecture, conventions = from_config(config, str(folder.path))
     model = Model(architecture, folder, conventions)
     _ = model.parts
     return model

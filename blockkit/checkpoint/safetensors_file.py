@@ -57,7 +57,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise BadInput(f"{file} is not a safetensors file: its header is not text (UTF-8).") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {str(file)!r:.300}: {getattr(error, 'strerror', None) or error}") from None
-    header = parse_json(text, f"{file} is not a safetensors file: its header")
+    header = parse_json(text, f"{file} is not a safetensors file: bad header")
     if not isinstance(header, dict):
         raise BadInput(f"{file} is not a safetensors file: its header is not a JSON object.")
     data = _LENGTH_BYTES + length

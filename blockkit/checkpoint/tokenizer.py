@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,8 +91,27 @@ def guarded(what: str) -> Iterator[None]:
         BadInput: anything was raised but what ends the program.
     """
     try:
-        yield
+        with _unheard():
+            yield
     except (BlockkitError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
         raise BadInput(f"{what}: {' '.join(str(error).split()) or type(error).__name__:.300}") from None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Standard error closed for a while: a panic writes its own trace there, past Python, before it is caught."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
