@@ -65,7 +65,7 @@ def _language_part(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     inner, types = config.get("text_config"), supported()
     known = [isinstance(c, Mapping) and isinstance(c.get("model_type"), str) and c["model_type"] in types
              for c in (config, inner)]  # fmt: skip
-    if known != [False, True]:
+    if known != [False, True] or not isinstance(inner, Mapping):
         return config, False
     tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
     return {**inner, **tied}, True

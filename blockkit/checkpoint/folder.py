@@ -114,28 +114,32 @@ def require_not_quantised(config: Mapping[str, Any], folder: Path) -> None:
 def write_folder(source: CheckpointFolder, out: Path, changed: Mapping[str, np.ndarray]) -> None:
     """Write a copy of `source` to `out` with the `changed` tensors replaced.
 
-    Values are rounded to the type each tensor is stored in; all other bytes stay as they are.
-    The folder appears complete or not at all.
+    Values are rounded to the type each tensor is stored in; all other bytes stay as they are, and so do the files'
+    modes. The folder appears complete or not at all.
 
     Args:
         changed: new values by tensor name, each of the shape of the tensor it replaces.
 
     Raises:
-        BadInput: `out` exists and is not empty or cannot be written, or a changed tensor has an
-            unknown name, another shape, or values that its stored type cannot hold.
+        BadInput: `out` exists and is not empty or cannot be written, a changed tensor has an
+            unknown name, another shape, or values that its stored type cannot hold, or a file of the
+            folder is a link to outside of it.
     """
     for name, values in changed.items():
         _require_replaceable(source, name, values)
+    small = _small_files(source)
     with new_folder(out) as partial:
-        for file in _small_files(source):
+        shards = sorted({entry.file for entry in source.stored.values()})
+        copied = [*small, *shards]
+        for file in copied:
             shutil.copyfile(file, partial / file.name)
-        for shard in sorted({entry.file for entry in source.stored.values()}):
-            shutil.copyfile(shard, partial / shard.relative_to(source.path))
         for name, values in changed.items():
             entry = source.stored[name]
             with (partial / entry.file.relative_to(source.path)).open("r+b") as stream:
                 stream.seek(entry.start)
                 stream.write(_encode_named(values, entry, name))
+        for file in copied:
+            shutil.copymode(file, partial / file.name)
 
 
 def _require_replaceable(source: CheckpointFolder, name: str, values: np.ndarray) -> None:
@@ -158,13 +162,27 @@ def _small_files(source: CheckpointFolder) -> list[Path]:
     """List configuration, tokenizer, code and licence files; no weights of any other format."""
     files = (file for file in sorted(source.path.iterdir()) if file.is_file())
     indexed = not (source.path / _SINGLE).is_file()
-    return [
+    found = [
         file
         for file in files
         if file.suffix in _COPIED_SUFFIXES
         and not file.name.startswith(".")
         and (not file.name.endswith(".index.json") or (indexed and file.name == _INDEX))
     ]
+    strange = [file.name for file in found if not _belongs(file, source.path)]
+    if strange:
+        raise BadInput(
+            f"{source.path}: links to outside of the folder, whose content would be copied: {', '.join(strange[:5])}. "
+            "Put the files themselves there, or remove the links."
+        )
+    return found
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    """Whether a file lies in its folder, or among the blobs of the model hub's cache whose snapshot the folder is."""
+    real, home = file.resolve(), folder.resolve()
+    places = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    return any(real.is_relative_to(place) for place in places)
 
 
 def _read_stored(folder: Path) -> dict[str, StoredTensor]:

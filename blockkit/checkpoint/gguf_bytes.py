@@ -50,7 +50,7 @@ def byte_level_kind(header: GgufHeader) -> Kind:
         BadInput: it does not say, or says what is not supported; another cut would give other tokens.
     """
     name = header.text("tokenizer.ggml.pre")
-    if name not in KINDS:
+    if name is None or name not in KINDS:
         found = "does not say" if name is None else f"says {name!r:.100}"
         raise BadInput(
             f"{header.path}: how its tokenizer cuts texts into words, tokenizer.ggml.pre, must be one of "

@@ -65,7 +65,7 @@ def layout_of(header: GgufHeader) -> tuple[Config, dict[str, Target]]:
         )
     layout = _ARCHITECTURES[architecture]
     common = _common_config(header, architecture)
-    config = common | layout.config(header, common)
+    config: Config = common | layout.config(header, common)
     targets = _targets(config, layout)
     _require_same_tensors(header, targets)
     return config, targets
@@ -93,7 +93,7 @@ def _common_config(header: GgufHeader, prefix: str) -> Config:
     heads, width = whole("attention.head_count"), whole("embedding_length")
     key_heads, head_dim = whole("attention.head_count_kv", heads), whole("attention.key_length", max(width // heads, 1))
     base = header.real(f"{prefix}.rope.freq_base", 10_000.0)
-    config = {
+    config: Config = {
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
         "intermediate_size": whole("feed_forward_length"),

@@ -133,7 +133,9 @@ class Model:
             if own and tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
                 faults.append(f"{tensor} is not part of {self.architecture.name}")
         if faults:
-            shown = "; ".join(f"{fault:.300}" for fault in faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+            shown = "; ".join(f"{fault:.300}" for fault in faults[:8]) + (
+                f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+            )
             raise BadInput(f"{self.folder.path}: the tensors do not fit the configuration: {shown}")
         return found
 

@@ -4,9 +4,9 @@ The layout is an 8-byte little-endian length, a JSON header of that length, then
 Knowing the byte ranges lets a checkpoint be read tensor by tensor and patched in place.
 """
 
+import json
 import math
 import os
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -127,7 +127,15 @@ def _parsed_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise BadInput(f"{source}{where}: malformed YAML: {error.problem or error.context}") from None
-    except (YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError) as error:
+    except (
+        YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        NotImplementedError,
+    ) as error:
         said = " ".join(str(error).partition(";")[0].split())  # also what its readers of dates and tags let through
         raise BadInput(f"{source}: malformed YAML: {said or type(error).__name__}") from None
 

@@ -462,7 +462,7 @@ def test_a_patch_that_is_none(cli: CommandLine, gemma: Path, patch: Path, tmp_pa
 def interrupted(stage: str, *words: str | Path) -> tuple[int, str]:
     """Ctrl-C at a stage that is made to last; gives the status and what stderr said after it."""
     slow = f"""
-import blockkit.checkpoint.folder as folder, blockkit.measure as measure, shutil, time, sys
+import blockkit.checkpoint.folder as folder, blockkit.absorbing.measure as measure, shutil, time, sys
 def linger(*args, **kwargs):
     print("lingering", file=sys.stderr, flush=True)
     time.sleep(60)

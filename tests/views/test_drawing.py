@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import blockkit as bk
-from blockkit.cli.main import app
+from blockkit.cli.commands import app
 from blockkit.errors import BadInput
 from blockkit.graph.graph import Graph, Node, Parameter
 from blockkit.graph.ops import Activation, Add, LayerNorm, MatMul, Mix, Multiply, Op, RMSNorm, Slice, Softcap
