@@ -15,10 +15,8 @@ from pathlib import Path
 
 from .errors import BadInput
 
-try:
+if os.name == "posix":
     import fcntl
-except ImportError:  # no POSIX system: nothing is locked, so nothing is swept
-    fcntl = None  # type: ignore[assignment]
 
 _NAME = re.compile(r"\.blockkit-[0-9a-f]{12}\.partial")
 _open: set[Path] = set()
@@ -135,7 +133,7 @@ def _sweep(parent: Path) -> None:
 
 def _locked(path: Path) -> int | None:
     """The open, locked file or folder; None if another process holds it, or nothing can be locked here."""
-    if fcntl is None:
+    if os.name != "posix":  # nothing is locked, so nothing is swept
         return None
     try:
         found = os.open(path, os.O_RDONLY)

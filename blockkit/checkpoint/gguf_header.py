@@ -81,6 +81,11 @@ class GgufHeader:
         )
         return float(cast(float, self._there(key, found)))
 
+    def real_or_none(self, key: str) -> float | None:
+        """A positive number of the metadata; None where the key is missing or holds a zero; see `text`."""
+        value = self.metadata.get(key, 0)
+        return None if type(value) in (int, float) and value == 0 else self.real(key)
+
     def texts(self, key: str) -> list[str]:
         """An array of texts in the metadata, which must be there; see `text`."""
         found = self._typed(key, None, "an array of texts", lambda v: type(v) is list)

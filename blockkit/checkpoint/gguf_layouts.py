@@ -127,7 +127,7 @@ def _common_config(header: GgufHeader, prefix: str) -> Config:
 
 
 def _llama_config(header: GgufHeader, common: Config) -> Config:
-    if "llama.expert_count" in header.metadata and header.metadata["llama.expert_count"] != 0:
+    if header.real_or_none("llama.expert_count") is not None:
         raise BadInput(f"{header.path}: mixtures of experts are not supported in GGUF files.")
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -153,13 +153,13 @@ def _phi3_config(header: GgufHeader, common: Config) -> Config:
     head_dim, rotary = common["head_dim"], header.whole("phi3.rope.dimension_count", common["head_dim"])
     if rotary > head_dim or rotary % 2:
         raise BadInput(f"{header.path}: rotary positions of {rotary} numbers do not fit heads of size {head_dim}.")
-    window = header.metadata.get("phi3.attention.sliding_window", 0)
+    windowed = header.real_or_none("phi3.attention.sliding_window") is not None
     return {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
         "hidden_act": "silu",
         "partial_rotary_factor": rotary / head_dim,
-        "sliding_window": header.whole("phi3.attention.sliding_window") if window not in (0, None) else None,
+        "sliding_window": header.whole("phi3.attention.sliding_window") if windowed else None,
         "original_max_position_embeddings": header.whole(
             "phi3.rope.scaling.original_context_length", common["max_position_embeddings"]
         ),
@@ -204,8 +204,7 @@ def _gemma3_config(header: GgufHeader, common: Config) -> Config:
         "rope_local_base_freq": 10_000.0,
         "sliding_window_pattern": pattern,
         "layer_types": ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in layers],
-        "final_logit_softcapping": header.metadata.get("gemma3.final_logit_softcapping")
-        and header.real("gemma3.final_logit_softcapping"),
+        "final_logit_softcapping": header.real_or_none("gemma3.final_logit_softcapping"),
         "attn_logit_softcapping": None,
     }
 

@@ -23,9 +23,9 @@ def rope_scaling(header: GgufHeader, prefix: str, head_dim: int, base: float) ->
         BadInput: a kind of scaling that is not supported.
     """
     kind = header.text(f"{prefix}.rope.scaling.type", "linear")
-    key = next((k for k in ("rope.scaling.factor", "rope.scale_linear") if f"{prefix}.{k}" in header.metadata), "")
-    unset = key and header.metadata[f"{prefix}.{key}"] in (0, 0.0)
-    factor = header.real(f"{prefix}.{key}") if key and not unset and kind != "none" else 1.0
+    names = (f"{prefix}.rope.scaling.factor", f"{prefix}.rope.scale_linear")
+    given = next((factor for name in names if (factor := header.real_or_none(name)) is not None), 1.0)
+    factor = given if kind != "none" else 1.0
     if kind not in ("linear", "none"):
         raise BadInput(f"{header.path}: rope scaling {kind!r:.40} is not supported; linear is allowed.")
     if FACTORS in header.tensors:

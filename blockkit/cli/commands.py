@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import sys
 from typing import Annotated, Any
 
@@ -62,8 +63,9 @@ app = typer.Typer(
 def run() -> None:
     """Runs a command; every failure that was foreseen ends in one message and its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # whatever the locale; half a character is written as an escape
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # half a character is written as an escape
+            chosen = stream.encoding if "PYTHONIOENCODING" in os.environ else "utf-8"  # whatever the locale
+            stream.reconfigure(encoding=chosen, errors="backslashreplace")
     gc.set_threshold(50_000, 20, 20)  # a large graph is a million objects, nearly all of which live to the end
     try:
         app()

@@ -84,7 +84,7 @@ def files_of(*texts: str) -> list[Path]:
 
 def model_files(model: str | None) -> list[Path]:
     """What a model is read from: its file or folder, and what is converted of others."""
-    return [] if model is None else [Path(model), cache_root()]
+    return [] if model is None else [Path(model), cache_root() / "models"]
 
 
 def spec_files(spec: str) -> list[Path]:
@@ -100,7 +100,7 @@ def require_apart(out: Path, option: str, inputs: Iterable[Path | None]) -> None
     """
     target = _real(out)
     for given in inputs:
-        if given is None or (source := _real(given)) is None or target is None:
+        if given is None or (source := _real(given)) is None or target is None or not source.exists():
             continue
         if target == source or (source.is_dir() and target.is_relative_to(source)):
             raise BadInput(
@@ -145,4 +145,4 @@ def require_writable(out: Path, option: str = "--out") -> None:
             pass
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise BadInput(f"{option} {str(out)!r:.300}: cannot write into its folder: {why}") from None
+        raise BadInput(f"{option} {str(out):.300}: cannot write into the folder {str(out.parent):.300}: {why}") from None

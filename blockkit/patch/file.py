@@ -63,7 +63,7 @@ def read_patch(source: Path) -> tuple[dict[str, Any], dict[str, Change]]:
     try:
         if not source.is_file():
             raise BadInput(f"no patch file at {source}")
-        read_header(source)  # within bounds
+        _require_bounded(source)
         with safe_open(source, framework="np") as file:
             header = file.metadata() or {}
             ours = header.get("format") == f"blockkit-patch {FORMAT}"
@@ -82,6 +82,13 @@ def read_patch(source: Path) -> tuple[dict[str, Any], dict[str, Change]]:
     except (BadInput, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{source}: its header or tensors are damaged ({error})") from None
     return facts, changes
+
+
+def _require_bounded(source: Path) -> None:
+    try:
+        read_header(source)
+    except BadInput as error:
+        raise BadInput(f"{source} is not a readable safetensors file: {error}") from None
 
 
 # -- facts -------------------------------------------------------------------------------------------
