@@ -8,10 +8,10 @@ EXTRA := $(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND),)
 comma := ,
 SCRIPT := PYTHONPATH=tests/support:tests/checkpoint:tests/keras $(TEST)/bin/python tests
 
-.PHONY: demo test lint figures table families bench bench-in-place scale attack zoo generation clean help
+.PHONY: demo test lint figures table families bench bench-in-place scale attack zoo generation fuzz kill clean help
 
 help:
-	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make bench-in-place, make scale, make attack, make zoo, make generation, make clean; BACKEND=jax make demo runs it on JAX"
+	@sed -n 1p Makefile; echo "also: make lint, make figures, make table, make families, make bench, make bench-in-place, make scale, make attack, make zoo, make generation, make fuzz, make kill, make clean; BACKEND=jax make demo runs it on JAX"
 
 demo: $(DEMO)/.ready-$(BACKEND)
 	$(DEMO)/bin/blockkit demo --backend $(BACKEND)
@@ -48,6 +48,12 @@ attack: $(TEST)/.ready
 
 zoo: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/figures/zoo.py --jobs 2 --write
+
+fuzz: $(TEST)/.ready
+	$(TEST)/bin/python tests/fuzz/run.py
+
+kill: $(TEST)/.ready
+	$(TEST)/bin/python tests/cli/killing.py
 
 generation: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/figures/generation_figures.py --write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..json_reader import DEEPEST, MOST_BYTES, MOST_VALUES, NotJson, parse_json
 MOST_YAML_BYTES = 4 << 20  # YAML takes a hundred times longer to read than JSON
 MOST_YAML_VALUES = 100_000
 LONGEST_LINE = 200_000
+_BRACKETS = re.compile(r"[\[\]{}]")
 MOST_INTEGER = 10**18
 _USE_JSON = "that takes minutes to read; write it as JSON"
 
@@ -107,6 +109,12 @@ def _parsed_yaml(text: str, source: str) -> Any:
         if len(line) > LONGEST_LINE:
             raise BadInput(f"{source}, line {number}: longer than {LONGEST_LINE:,} characters; {_USE_JSON}")
 
+    depth = 0
+    for bracket in _BRACKETS.findall(text):  # the scanner's time grows with the square of the depth
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        if depth > 2 * DEEPEST:  # some may stand in texts and comments
+            raise BadInput(f"{source}: nested too deeply for a spec (at most {DEEPEST} levels)")
+
     class Counting(Composer):
         """Ends the reading of a file that would take minutes."""
 
@@ -137,7 +145,9 @@ def _parsed_yaml(text: str, source: str) -> Any:
         NotImplementedError,
     ) as error:
         said = " ".join(str(error).partition(";")[0].split())  # also what its readers of dates and tags let through
-        raise BadInput(f"{source}: malformed YAML: {said or type(error).__name__}") from None
+        raise BadInput(
+            f"{source}: malformed YAML: a value does not fit its type ({said or type(error).__name__})"
+        ) from None
 
 
 def _bounded(document: Any, source: str, finite: bool) -> Any:

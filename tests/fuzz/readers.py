@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from blockkit.api import graphs_by_kind
 from blockkit.checkpoint.gguf_file import convert_gguf
 from blockkit.checkpoint.model import architecture_from_config, open_model
 from blockkit.checkpoint.tokenizer import load_tokenizer
-from blockkit.errors import BadInput
 
 CORPUS = Path(__file__).parent / "corpus"
 CONFIG: dict[str, Any] = {
@@ -403,11 +402,9 @@ READERS: dict[str, Reader] = {
 def read_sample(file: Path) -> None:
     """Reads a file of the corpus by its suffix."""
     if file.suffix == ".gguf":
-        raise BadInput("read as a copy")
-    if file.suffix == ".st":
+        with tempfile.TemporaryDirectory() as out:
+            convert_gguf(file, Path(out) / "model")
+    elif file.suffix == ".st":
         bk.Patch.load(file)
     else:
         graphs_by_kind(str(file))
-
-
-__all__ = ["CORPUS", "READERS", "Reader", "json", "read_sample"]
