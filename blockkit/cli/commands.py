@@ -18,15 +18,10 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import BadInput, BlockkitError
 from . import designs, models
+from .main import Interrupted
 from .output import printable
 
 MOST_SHOWN = 4000  # characters of a message
-
-
-class Interrupted(BlockkitError):
-    """Ctrl-C, by which time every temporary file is gone."""
-
-    exit_status = 130
 
 
 class Commands(TyperGroup):
@@ -37,14 +32,14 @@ class Commands(TyperGroup):
         try:
             return super().make_context(*args, **settings)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; nothing was left half-written") from None
+            raise Interrupted from None
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command that was asked for."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; nothing was left half-written") from None
+            raise Interrupted from None
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -15,6 +15,10 @@ MESSAGE = "error: interrupted; nothing was left half-written\n"
 _asked: list[int] = []  # the signals that have come
 
 
+class Interrupted(Exception):
+    """Ctrl-C while a command ran, by which time every temporary file is gone."""
+
+
 def main() -> None:
     """Runs a command; every failure ends in one message and its exit status."""
     try:
@@ -24,10 +28,11 @@ def main() -> None:
         run()
     except SystemExit:
         raise
-    except KeyboardInterrupt:
-        _end(MESSAGE, INTERRUPTED)
     except BaseException as error:
-        if _asked:  # what was interrupted may turn that into another error
+        if _asked:  # what was interrupted may have turned that into another error
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # all is done but the interpreter's own end
+        if _asked or isinstance(error, KeyboardInterrupt | Interrupted):
             _end(MESSAGE, INTERRUPTED)
         _end(_fault(error), FAULT)
 
