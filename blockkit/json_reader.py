@@ -85,8 +85,8 @@ def _require_bounded(document: Any, source: str, finite: bool) -> None:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise BadInput(f"a number of {len(digits):,} digits (at most {MOST_DIGITS})")
+    if (count := len(digits.lstrip("-"))) > MOST_DIGITS:
+        raise BadInput(f"a number of {count:,} digits (at most {MOST_DIGITS})")
     return int(digits)
 
 

@@ -171,7 +171,10 @@ class Model:
                 f"{self.folder.path}: the configuration asks for {layers} layers"
                 f"{f' of {max(counts)} experts' if counts else ''}, and the checkpoint has {there} tensors"
             )
-        return list(slots(self.architecture))
+        try:
+            return list(slots(self.architecture))
+        except BadInput as error:  # sizes that no block can have
+            raise BadInput(f"{self.folder.path}: {error}") from None
 
     def _prefix(self) -> str:
         """The prefix under which most of the slots' tensors are there."""

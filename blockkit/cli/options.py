@@ -145,6 +145,4 @@ def require_writable(out: Path, option: str = "--out") -> None:
             pass
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise BadInput(
-            f"{option} {str(out):.300}: cannot write into the folder {str(out.parent):.300}: {why}"
-        ) from None
+        raise BadInput(f"{option} {out!s:.300}: cannot write into the folder {out.parent!s:.300}: {why}") from None

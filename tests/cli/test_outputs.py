@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of cases)
 """What commands write: never over what they read, whole or not at all, whenever they are killed."""
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 
-from killing import RUN, digest, killed  # noqa: E402
-from small_model import TEXTS, write_model  # noqa: E402
+from killing import RUN, digest, killed
+from small_model import TEXTS, write_model
 
-from blockkit.atomic import new_folder, write_file  # noqa: E402
-from blockkit.checkpoint.model import open_model  # noqa: E402
-from blockkit.cli.main import main  # noqa: E402
-from blockkit.errors import BadInput  # noqa: E402
-from blockkit.patch.patch import Patch  # noqa: E402
+from blockkit.atomic import new_folder, write_file
+from blockkit.checkpoint.model import open_model
+from blockkit.cli.main import main
+from blockkit.errors import BadInput
+from blockkit.patch.patch import Patch
 
 ABSORB = ("absorb", "--backend", "numpy", "--strategy", "matrix")
 
@@ -176,7 +177,7 @@ def test_the_disk_has_it_before_the_name_does(tmp_path: Path, monkeypatch: pytes
     done: list[str] = []
     monkeypatch.setattr(
         "os.fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")) if os.path.isdir("/proc") else None
-    )  # noqa: PTH112
+    )
     monkeypatch.setattr(Path, "replace", lambda self, other: done.append("renamed"))
     write_file(tmp_path / "f", b"new")
     assert done[1:] == ["renamed", str(tmp_path)] and ".partial" in done[0]

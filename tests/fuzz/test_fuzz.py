@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 
-from readers import CORPUS, READERS, read_sample  # noqa: E402
-from run import Found, bounded, fuzz, one  # noqa: E402
+from readers import CORPUS, READERS, read_sample
+from run import Found, bounded, fuzz, one
 
-from blockkit.errors import BadInput  # noqa: E402
+from blockkit.errors import BadInput
 
 COUNT = int(os.environ.get("BLOCKKIT_FUZZ", "20000"))
 

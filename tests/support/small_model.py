@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of cases)
 """A small Llama checkpoint with a tokenizer, made without any framework."""
 
 from __future__ import annotations
