@@ -184,7 +184,7 @@ def test_a_layout_gives_the_logits_of_its_model(tmp_path: Path, name: str) -> No
             assert mine.decode(mine.encode(text, special=False)) == text
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"]  # its Phi-3 needs a vocabulary of 32000)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])  # its Phi-3 needs a vocabulary of 32000
 def test_transformers_reads_the_same_file_alike(tmp_path: Path, name: str) -> None:
     tokenizer = trained(next(v for k, v in PRE.items() if name.startswith(k)))
     model = model_of(name, tokenizer.get_vocab_size())

@@ -41,7 +41,7 @@ class Scene:
         (folder / "out").mkdir()
         base = ["--patch", str(folder / "patch"), "--out"]
         self.commands = {
-            "absorb": (absorb + ["--out"], "p"),
+            "absorb": ([*absorb, "--out"], "p"),
             "apply": (["apply", "--model", str(model), *base], "edited"),
             "export": (["export", *base], "adapter"),
             "save": (["verify", "gpt2", "--dump"], "d.npz"),

@@ -173,11 +173,10 @@ def test_modes_and_links_are_kept(tmp_path: Path, model: Path) -> None:
     ]
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux")
 def test_the_disk_has_it_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(
-        "os.fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")) if os.path.isdir("/proc") else None
-    )
+    monkeypatch.setattr("os.fsync", lambda fd: done.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
     monkeypatch.setattr(Path, "replace", lambda self, other: done.append("renamed"))
     write_file(tmp_path / "f", b"new")
     assert done[1:] == ["renamed", str(tmp_path)] and ".partial" in done[0]
@@ -217,7 +216,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_file(tmp_path / "loop", b"x")
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="Linux")  # noqa: PTH112
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux")
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     assert killed(16, int.from_bytes(os.urandom(2)), tmp_path) == []
 
