@@ -31,7 +31,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         BadInput: `out` exists and is not an empty folder, or it cannot be written.
     """
-    target = out.expanduser().resolve()
+    target = _place_of(out)
     _require_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,13 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     """
     with _partial(parent, lambda path: path.mkdir()) as path:
         yield path
+
+
+def _place_of(out: Path) -> Path:
+    try:
+        return out.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # ~somebody, links in a circle, a zero byte
+        raise BadInput(f"cannot write the folder {str(out)!r:.300}: {error}") from None
 
 
 def _require_free(target: Path) -> None:

@@ -79,7 +79,10 @@ def open_folder(path: str | Path) -> CheckpointFolder:
     Raises:
         BadInput: something is missing, malformed or truncated; the message names the file.
     """
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise BadInput(f"the checkpoint folder {path}: {error}") from None
     if not folder.is_dir():
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise BadInput(f"the checkpoint folder {folder} {problem}.")

@@ -137,6 +137,17 @@ def test_a_model_of_no_possible_name(call: Any, word: str) -> None:
     assert status == 2 and err.startswith("error: the model") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("out", ["~nosuchuser/x", "a\x00b", "x" * 5000])
+def test_an_output_of_no_possible_name(call: Any, model: Path, out: str) -> None:
+    assert call(*ABSORB, "--model", model, *TEXTS, "--out", "p")[0] == 0
+    for words in (
+        (*ABSORB, "--model", model, *TEXTS, "--out", out), ("apply", "--model", model, "--patch", "p", "--out", out),
+        ("export", "--patch", "p", "--out", out), ("verify", "gpt2", "--dump", out),
+    ):  # fmt: skip
+        status, _, err = call(*words)
+        assert status == 2 and "did not foresee" not in err and "Traceback" not in err, (words, err)
+
+
 def test_no_escape_reaches_the_terminal(call: Any, tmp_path: Path) -> None:
     status, out, err = call("verify", "gpt2", "--dump", tmp_path / "\x1b[31mred.npz")
     assert status == 0 and r"\x1b[31mred.npz" in err and "\x1b" not in out + err
