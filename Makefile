@@ -8,7 +8,7 @@ TEST := .venv
 EXTRAS := gemma$(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND))
 PIP_QUIET := -m pip install --quiet --disable-pip-version-check
 SCRIPT := PYTHONPATH=tests/support $(TEST)/bin/python tests/figures
-PERIODIC := figures elsewhere families table bench bench-in-place scale attack zoo generation versions
+PERIODIC := figures elsewhere families table bench bench-in-place scale attack zoo generation versions fuzz kill
 
 .PHONY: demo test lint docs check-all clean help $(PERIODIC)
 
@@ -61,6 +61,12 @@ attack: $(TEST)/.ready
 
 zoo: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/zoo.py --jobs 2 --write
+
+fuzz: $(TEST)/.ready
+	$(TEST)/bin/python tests/fuzz/run.py
+
+kill: $(TEST)/.ready
+	$(TEST)/bin/python tests/cli/killing.py
 
 generation: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/generation_figures.py --write

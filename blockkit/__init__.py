@@ -8,48 +8,52 @@
     print(bk.check(block))
     print(bk.plan(block, strategy="paper"))
 
-Nothing heavy is imported here; frameworks only where a backend is asked for.
+Nothing is imported here before it is asked for; frameworks only where a backend is.
 """
 
-from .api import check, explain, load, plan, replace_constants, schema
-from .comparison import compare
-from .design.architecture import Architecture, Block, Embedding, Head, Layers
-from .design.components import (
-    MLP,
-    Activation,
-    Add,
-    Attention,
-    Bias,
-    Component,
-    Concat,
-    CrossAttention,
-    Gain,
-    GatedMLP,
-    LatentAttention,
-    LayerNorm,
-    Linear,
-    Mixer,
-    Operation,
-    Product,
-    QKNorm,
-    RelativeBiasSettings,
-    RMSNorm,
-    RopeSettings,
-    Scale,
-    Signal,
-    Slice,
-    Softcap,
-    Softmax,
-    stream,
-)
-from .errors import BadInput, BlockkitError, ConditionViolated, ExactnessLost, MissingDependency, NotPatchable
-from .graph.graph import Graph, Node, Parameter
-from .graph.ops.declaration import solves
-from .patch.patch import Patch
-from .planner.controls import controls
-from .planner.plan import Plan
-from .planner.verdict import Verdict
-from .trials.verify import Verification, verify
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import check, explain, load, plan, replace_constants, schema
+    from .comparison import compare
+    from .design.architecture import Architecture, Block, Embedding, Head, Layers
+    from .design.components import (
+        MLP,
+        Activation,
+        Add,
+        Attention,
+        Bias,
+        Component,
+        Concat,
+        CrossAttention,
+        Gain,
+        GatedMLP,
+        LatentAttention,
+        LayerNorm,
+        Linear,
+        Mixer,
+        Operation,
+        Product,
+        QKNorm,
+        RelativeBiasSettings,
+        RMSNorm,
+        RopeSettings,
+        Scale,
+        Signal,
+        Slice,
+        Softcap,
+        Softmax,
+        stream,
+    )
+    from .errors import BadInput, BlockkitError, ConditionViolated, ExactnessLost, MissingDependency, NotPatchable
+    from .graph.graph import Graph, Node, Parameter
+    from .graph.ops.declaration import solves
+    from .patch.patch import Patch
+    from .planner.controls import controls
+    from .planner.plan import Plan
+    from .planner.verdict import Verdict
+    from .trials.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -109,3 +113,35 @@ __all__ = [
     "stream",
     "verify",
 ]
+
+_MODULES = {
+    "api": "check explain load plan replace_constants schema",
+    "comparison": "compare",
+    "design.architecture": "Architecture Block Embedding Head Layers",
+    "design.components": (
+        "MLP Activation Add Attention Bias Component Concat CrossAttention Gain GatedMLP LatentAttention LayerNorm "
+        "Linear Mixer Operation Product QKNorm RelativeBiasSettings RMSNorm RopeSettings Scale Signal Slice Softcap "
+        "Softmax stream"
+    ),
+    "errors": "BadInput BlockkitError ConditionViolated ExactnessLost MissingDependency NotPatchable",
+    "graph.graph": "Graph Node Parameter",
+    "graph.ops.declaration": "solves",
+    "patch.patch": "Patch",
+    "planner.controls": "controls",
+    "planner.plan": "Plan",
+    "planner.verdict": "Verdict",
+    "trials.verify": "Verification verify",
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

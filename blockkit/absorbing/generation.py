@@ -177,7 +177,7 @@ class Run:
 
     def __init__(self, model: str, prompt: str, settings: Settings, progress: Progress) -> None:
         clock = time.perf_counter()
-        folder = _folder(model, progress)
+        folder = resolve_model(model, progress)
         self.settings, self.tokenizer = settings, load_tokenizer(folder)
         self.ids = self.tokenizer.encode(prompt, special=True)
         if len(self.ids) < 2:
@@ -210,15 +210,6 @@ class Run:
             self.settings, tuple(self.ids), tuple(self.steps), tuple(self.texts), text, tuple(yardsticks), static,
             self.experiment.largest_logit, seconds,
         )  # fmt: skip
-
-
-def _folder(model: str, progress: Progress) -> Path:
-    if not model.strip():
-        raise BadInput("the model's name is empty: give a .gguf file, a Hugging Face folder, or gemma3-270m")
-    try:
-        return resolve_model(model, progress)
-    except RuntimeError as error:  # ~somebody
-        raise BadInput(f"the model {model!r}: {error}") from None
 
 
 def _text(tokenizer: Tokenizer, before: list[int], new: int) -> str:

@@ -17,7 +17,11 @@ from .options import (
     ModelPath,
     StrategyName,
     TextOption,
+    files_of,
+    model_files,
+    require_apart,
     require_known,
+    require_one_stdin,
     require_writable,
     text_of,
 )
@@ -45,9 +49,11 @@ def absorb(
     require_known("--tokens", tokens, MODES)
     if strategy is not None:
         require_known("--strategy", strategy, STRATEGIES)
-    texts = text_of("--context", context), text_of("--query", query)
+    require_one_stdin(context, query)
     if out is not None:
+        require_apart(out, "--out", [*model_files(model), *files_of(context, query)])
         require_writable(out)
+    texts = text_of("--context", context), text_of("--query", query)
     session = _open_session(model, backend, dtype)
     with progress() as report:
         found = session.absorb(*texts, tokens, strategy, report)
@@ -69,6 +75,7 @@ def apply_(
     from ..checkpoint.model import open_checkpoint
     from ..patch.patch import Patch
 
+    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
     loaded.require_mergeable()
     with progress() as report:
@@ -102,6 +109,7 @@ def export(
     from ..views.report import adapter_json, adapter_text
 
     require_known("--format", format_, FORMATS)
+    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
     with progress() as report:
         found = export_peft(loaded, out, model, report)
@@ -141,15 +149,17 @@ def generate(
         require_known("--strategy", strategy, STRATEGIES)
     sampling = Sampling(temperature, top_k, top_p, seed)
     settings = generation.Settings(max_new_tokens, dtype, tokens, strategy, merge, sampling)
-    text = text_of("--prompt", prompt)
     for option, file, kinds in (("--metrics", metrics, report_.METRICS), ("--plot", plot, report_.PLOTS)):
         if file is not None:
             report_.require_suffix(option, file, kinds)
+            require_apart(file, option, [*model_files(model), *files_of(prompt)])
             require_writable(file, option)
     if plot is not None:
         require("matplotlib")
     if out is not None:
+        require_apart(out, "--out", [*model_files(model), *files_of(prompt)])
         require_writable(out)
+    text = text_of("--prompt", prompt)
 
     with progress() as report:
         run = generation.Run(model, text, settings, report)

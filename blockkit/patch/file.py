@@ -13,8 +13,10 @@ import numpy as np
 from ..absorbing.lockstep import EPS
 from ..absorbing.request import MODES
 from ..atomic import write_file
+from ..checkpoint.safetensors_file import read_header
 from ..errors import BadInput
 from ..graph.changes import Change, MatrixChange, VectorChange
+from ..json_reader import parse_json
 
 FORMAT = "1"
 FACTS = {
@@ -61,6 +63,7 @@ def read_patch(source: Path) -> tuple[dict[str, Any], dict[str, Change]]:
     try:
         if not source.is_file():
             raise BadInput(f"no patch file at {source}")
+        _require_bounded(source)
         with safe_open(source, framework="np") as file:
             header = file.metadata() or {}
             ours = header.get("format") == f"blockkit-patch {FORMAT}"
@@ -76,9 +79,16 @@ def read_patch(source: Path) -> tuple[dict[str, Any], dict[str, Change]]:
         facts = _facts(header["patch"])
         changes = _changes(tensors, facts["tokens"] == "each")
         _require_fitting(facts, changes)
-    except (KeyError, TypeError, ValueError) as error:
+    except (BadInput, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{source}: its header or tensors are damaged ({error})") from None
     return facts, changes
+
+
+def _require_bounded(source: Path) -> None:
+    try:
+        read_header(source)
+    except BadInput as error:
+        raise BadInput(f"{source} is not a readable safetensors file: {error}") from None
 
 
 # -- facts -------------------------------------------------------------------------------------------
@@ -90,7 +100,9 @@ def _facts(text: str) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError: it is damaged.
     """
-    facts = json.loads(text)
+    facts = parse_json(text, "what it says of itself", finite=False)
+    if not isinstance(facts, dict):
+        raise ValueError(f"it says of itself {facts!r:.40}")
     allowed = FACTS | MORE_FACTS
     for name, value in facts.items():
         if name not in allowed or type(value) is not allowed[name]:
@@ -99,10 +111,14 @@ def _facts(text: str) -> dict[str, Any]:
         raise ValueError(f"without {', '.join(sorted(missing))}")
     if facts["dtype"] not in EPS:
         raise ValueError(f"dtype is {facts['dtype']!r:.40}")
-    if facts["tokens"] not in MODES or facts["context_length"] < 1 or not facts["query"]:
+    if facts["tokens"] not in MODES or not 0 < facts["context_length"] < 2**31 or not facts["query"]:
         raise ValueError("tokens, context_length or query is out of range")
     if not all(type(v) is str for v in (*facts.get("transposed", ()), *facts.get("tensors", {}).values())):
         raise ValueError("transposed or tensors holds what is no name")
+    if not all(type(v) is str for v in facts["made_for"].values()):
+        raise ValueError("made_for holds what is no text")
+    if not all(type(v) in (int, float) for v in facts["measured"].values()):
+        raise ValueError("measured holds what is no number")
     whole = {k: _integers(k, facts[k]) for k in ("query", "padding", "positions") if k in facts}
     _require_batch(whole, facts.get("batch", 1))
     names = {"transposed": tuple(facts["transposed"])} if "transposed" in facts else {}

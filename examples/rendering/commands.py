@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from blockkit.cli.main import app
+from blockkit.cli.commands import app
 
 
 def commands() -> str:

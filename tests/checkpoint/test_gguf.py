@@ -157,7 +157,8 @@ def _set(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], object]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokenizer": "gpt2"}, "kind 'gpt2'; only 'llama'"),
+        ({"tokenizer": "gpt2"}, "tokenizer.ggml.pre"),
+        ({"tokenizer": "bert"}, "kind 'bert'; 'llama'"),
         ({"edit": _drop("blk.1.ffn_up.weight")}, r"missing: blk\.1\.ffn_up\.weight"),
         ({"edit": _drop("token_embd.weight")}, r"no tensor token_embd\.weight"),
         ({"edit": _set("blk.0.attn_q.bias", 64)}, r"not supported: blk\.0\.attn_q\.bias"),
@@ -180,8 +181,8 @@ def test_unsupported_gguf_is_refused(tmp_path: Path, options: dict[str, Any], me
 
 def test_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf")
-    corrupt(file, b"\x05\0\0\0\0\0\0\0llama\x11", b"\x05\0\0\0\0\0\0\0qwen2\x11")
-    with pytest.raises(BadInput, match="'qwen2' is not supported; allowed are gemma3, llama"):
+    corrupt(file, b"\x05\0\0\0\0\0\0\0llama\x11", b"\x05\0\0\0\0\0\0\0qwenX\x11")
+    with pytest.raises(BadInput, match="'qwenX' is not supported; allowed are gemma2, gemma3, llama"):
         convert_gguf(file, tmp_path / "out")
 
 

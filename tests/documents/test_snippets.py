@@ -13,7 +13,7 @@ import pytest
 import snippets
 from typer.main import get_command
 
-from blockkit.cli.main import app
+from blockkit.cli.commands import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples" / "handbook").rglob("*.md"))]

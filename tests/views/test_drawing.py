@@ -15,7 +15,7 @@ from processes import HANGS
 from typer.testing import CliRunner
 
 import blockkit as bk
-from blockkit.cli.main import app
+from blockkit.cli.commands import app
 from blockkit.errors import BadInput
 from blockkit.graph.graph import Graph, Node, Parameter
 from blockkit.graph.ops import Activation, Add, LayerNorm, MatMul, Mix, Multiply, Op, RMSNorm, Slice, Softcap
@@ -234,3 +234,12 @@ def test_slices_and_unknown_operations_have_equations() -> None:
     text = latex(make_plan(raw(nodes, {"W": (9, 4)}), "stable"))
     balanced(text)
     assert r"\operatorname{slice}" in text
+
+
+def test_a_name_gives_mermaid_no_orders() -> None:
+    name = "%%{init: {'theme': 'x'}}%%;click"
+    nodes: dict[str, tuple[Op, str]] = {"m": (Mix(), "x"), name: (MatMul(), "m W")}
+    graph = Graph.build("x", name, Size.of(4), [Parameter("W", (Size.of(4), Size.of(4)))],
+                        [Node(n, op, tuple(args.split())) for n, (op, args) in nodes.items()])  # fmt: skip
+    text = mermaid(make_plan(graph, "stable"))
+    assert "#37;#37;{init" in text and "#59;click" in text and "%%" not in text and "'" not in text
