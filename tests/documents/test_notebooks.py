@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import HANGS
 
 FOLDER = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = {"designer": 1, "researcher": 2}  # with the number of their plots
@@ -21,7 +22,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     notebook = jupytext.read(FOLDER / f"{name}.py")
     assert not any(cell.get("outputs") for cell in notebook.cells), "a notebook is kept without its outputs"
     resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=int(HANGS), kernel_name="python3", resources=resources).execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
     assert sum("image/png" in out.get("data", {}) for out in outputs) == NOTEBOOKS[name]
 

@@ -37,6 +37,7 @@ class Found:
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)  # by the clock, which says nothing on a busy machine
     slowest: tuple[float, str] = (0.0, "")
 
 
@@ -72,7 +73,7 @@ def one(name: str, seed: int, number: int, folder: Path, found: Found) -> None:
     found.outcomes[name, outcome] += 1
     found.slowest = max(found.slowest, (seconds, f"{name} {seed} {number}"))
     if seconds > SECONDS:
-        found.faults.append(f"{name} {seed} {number}: {seconds:.1f} s")
+        found.slow.append(f"{name} {seed} {number}: {seconds:.1f} s")
 
 
 @contextmanager
@@ -116,8 +117,8 @@ def main() -> None:
     for (name, outcome), times in sorted(found.outcomes.items()):
         print(f"{name:12} {outcome:9} {times:>9,}")
     print(f"slowest: {found.slowest[0]:.2f} s ({found.slowest[1]}); {len(found.faults)} faults")
-    print("\n".join(found.faults[:20]))
-    sys.exit(bool(found.faults))
+    print("\n".join([*found.faults, *found.slow][:20]))
+    sys.exit(bool(found.faults or found.slow))
 
 
 if __name__ == "__main__":

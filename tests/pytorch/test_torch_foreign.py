@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_absorb import EXACT, apart, gemma, ids, llama
 from torch import nn
+from torch_models import EXACT, apart, gemma, ids, llama
 
 import blockkit
 from blockkit import BadInput, NotPatchable

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_absorb import ids, mixtral
 from torch import Tensor, nn
+from torch_models import ids, mixtral
 
 import blockkit
 from blockkit import NotPatchable

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_absorb import apart, digest, ids
-from test_torch_absorb import llama as drawn
 from torch import nn
+from torch_models import apart, digest, ids
+from torch_models import llama as drawn
 
 from blockkit import BadInput
 from blockkit.backends.pytorch import absorb

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_absorb import EXACT, digest, gemma, gpt2, ids, llama, mixtral
+from processes import HANGS
 from torch import nn
+from torch_models import EXACT, digest, gemma, gpt2, ids, llama, mixtral
 
 from blockkit import BadInput
 from blockkit.backends.pytorch import absorb, generate
@@ -24,7 +25,7 @@ from blockkit.backends.pytorch.blocks.traced import trace
 def elsewhere(work: Callable[[], Any]) -> Any:
     """What the work gives in a thread of its own."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result(timeout=60)
+        return pool.submit(work).result(timeout=HANGS)
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def test_a_patch_comes_off_when_another_thread_is_done() -> None:
     def hold(*args: Any) -> None:
         if threading.get_ident() != main and not inside.is_set():
             inside.set()
-            go.wait(30)
+            go.wait(HANGS)
 
     for merge in (False, True):
         inside.clear()
@@ -133,9 +134,9 @@ def test_a_patch_comes_off_when_another_thread_is_done() -> None:
         with ThreadPoolExecutor(1) as pool, model.lm_head.register_forward_pre_hook(hold):
             with patch.applied(model, merge=merge):
                 other = pool.submit(lambda: absorb(model, ids(1, 9, seed=4), ids(1, 2, seed=5)))
-                assert inside.wait(30)
+                assert inside.wait(HANGS)
                 threading.Timer(0.3, go.set).start()
-            assert other.done() or other.result(timeout=30)
+            assert other.done() or other.result(timeout=HANGS)
         assert digest(model) == before and all(type(p) is nn.Parameter for p in model.parameters())
 
 

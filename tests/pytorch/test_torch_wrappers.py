@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_absorb import EXACT, apart, gpt2, ids, llama, shaken
 from torch import Tensor, nn
+from torch_models import EXACT, apart, gpt2, ids, llama, shaken
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from blockkit import BadInput
