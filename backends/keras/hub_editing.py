@@ -12,10 +12,11 @@ import numpy as np
 from keras import ops
 
 from blockkit.errors import BadInput
+from blockkit.fingerprint import leaf, root
 from blockkit.graph.arrays import wide_dtype
 from blockkit.graph.changes import Change, dense, shape_of
 from blockkit.patch.in_place import ChangedParameter, Receipt
-from blockkit.patch.patch import Patch
+from blockkit.patch.patch import ALLOWED, Patch
 
 from .hub_architecture import described
 from .hub_storage import Stored, host, names
@@ -43,19 +44,31 @@ def variables(model: Any) -> dict[str, Stored]:
     return {name: stored[slot] for slot, name in names(model, stored).items()}
 
 
-def fingerprint(model: Any, stored: Mapping[str, Stored], changed: Iterable[str]) -> dict[str, str]:
-    """What a patch must find again: the architecture, and the weights that it was made for.
+COVERS = "every variable of the Keras model, in float32"
+
+
+def fingerprint(model: Any) -> dict[str, str]:
+    """What a patch must find again: the architecture, and all values that it was made for.
 
     Values are hashed in float32, so that a patch made on one Keras backend fits the same model on another.
     """
+    leaves: dict[str, str] = {}
+    for number, variable in enumerate(model.variables):
+        value = np.ascontiguousarray(host(variable), np.float32)
+        leaves[f"{number:06}"] = leaf("float32", value.shape, [value.tobytes()])
+    return {"architecture": type(model.backbone).__name__, "covers": COVERS, "digest": root(leaves)}
+
+
+def digest_of(stored: Mapping[str, Stored], changed: Iterable[str]) -> str:
+    """The digest of some variables' values alone, as patch files of format 1 hold it."""
     digest = hashlib.sha256()
     for name in sorted(changed):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(stored[name].read(), np.float32).tobytes())
-    return {"architecture": type(model.backbone).__name__, "weights": digest.hexdigest()}
+    return digest.hexdigest()
 
 
-def apply(patch: Patch, model: Any, merge: bool) -> Receipt:
+def apply(patch: Patch, model: Any, merge: bool, allow_other_weights: bool = False) -> Receipt:
     """Merges a patch into the model's variables, or leaves the model wholly as it was; see `InPlace.apply`.
 
     Raises:
@@ -67,7 +80,7 @@ def apply(patch: Patch, model: Any, merge: bool) -> Receipt:
     if any(one.patch.same_as(patch) for one in _applied.get(model, [])):
         raise BadInput(f"the patch is on {model.name} already")
     stored = variables(model)
-    check(patch, model)
+    same = check(patch, model, allow_other_weights)
     originals = tuple((stored[name].variable, host(stored[name].variable)) for name in patch.changes)
     try:
         changed = [_merge(name, stored[name], change) for name, change in patch.changes.items()]
@@ -76,7 +89,7 @@ def apply(patch: Patch, model: Any, merge: bool) -> Receipt:
     except BaseException:
         _put_back(originals)
         raise
-    return Receipt(tuple(changed), patch.validity)
+    return Receipt(tuple(changed), patch.validity_on(same), same and patch.whole)
 
 
 def remove(patch: Patch, model: Any) -> None:
@@ -129,11 +142,11 @@ def _put_back(originals: Iterable[tuple[Any, np.ndarray]]) -> None:
         variable.assign(value)
 
 
-def check(patch: Patch, model: Any) -> None:
-    """Refuses a model for which the patch was not made; see `InPlace.check`.
+def check(patch: Patch, model: Any, allow_other_weights: bool = False) -> bool:
+    """Refuses a model for which the patch was not made; gives whether its values are those it was made for.
 
     Raises:
-        BadInput: its class, a variable's name or shape, or the weights that change differ.
+        BadInput: its class, a variable's name or shape, or any value differs and that is not allowed.
     """
     stored = variables(model)
     mine, its = patch.made_for.get("architecture"), type(model.backbone).__name__
@@ -146,11 +159,16 @@ def check(patch: Patch, model: Any) -> None:
             raise BadInput(
                 f"the patch's change of {name} has the shape {shape}, {model.name}'s is {stored[name].shape}"
             )
-    if fingerprint(model, stored, patch.changes)["weights"] != patch.made_for.get("weights"):
+    if "digest" in patch.made_for:
+        same = fingerprint(model)["digest"] == patch.made_for["digest"]
+    else:
+        same = digest_of(stored, patch.changes) == patch.made_for.get("weights")
+    if not same and not allow_other_weights:
         raise BadInput(
-            f"the patch was made for other weights than {model.name} has now: the hash of the weights that it changes "
-            "differs (is it, or another patch, on the model already?)"
+            f"the patch was made for other weights than {model.name} has now: the digest of its variables differs "
+            f"(is it, or another patch, on the model already?). {ALLOWED}"
         )
+    return same
 
 
 def _merge(name: str, stored: Stored, change: Change) -> ChangedParameter:

@@ -77,11 +77,22 @@ def cache_root() -> Path:
         raise BadInput(f"BLOCKKIT_CACHE: {error}") from None
 
 
+def cache_folder(name: str) -> Path:
+    """A folder inside the cache, made if necessary.
+
+    Raises:
+        BadInput: it cannot be made.
+    """
+    with _in_cache():
+        folder = cache_root() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
 def _converted(digest: str, report: Progress, source: Callable[[Path], Path]) -> Path:
     """Return the converted model of this checksum; `source` gives the file if it is needed."""
     with _in_cache():
-        folder = cache_root() / "models"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = cache_folder("models")
         target = folder / f"{digest}-{_CONVERSION}"
         if _is_sound(target, report):
             return target

@@ -2,7 +2,7 @@
 
 import difflib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -114,7 +114,12 @@ def require_not_quantised(config: Mapping[str, Any], folder: Path) -> None:
     )
 
 
-def write_folder(source: CheckpointFolder, out: Path, changed: Mapping[str, np.ndarray]) -> None:
+def write_folder(
+    source: CheckpointFolder,
+    out: Path,
+    changed: Mapping[str, np.ndarray],
+    approve: Callable[[Path], None] | None = None,
+) -> None:
     """Write a copy of `source` to `out` with the `changed` tensors replaced.
 
     Values are rounded to the type each tensor is stored in; all other bytes stay as they are, and so do the files'
@@ -122,6 +127,7 @@ def write_folder(source: CheckpointFolder, out: Path, changed: Mapping[str, np.n
 
     Args:
         changed: new values by tensor name, each of the shape of the tensor it replaces.
+        approve: is given the complete folder before it appears; what it raises keeps it from appearing.
 
     Raises:
         BadInput: `out` exists and is not empty or cannot be written, a changed tensor has an
@@ -143,6 +149,8 @@ def write_folder(source: CheckpointFolder, out: Path, changed: Mapping[str, np.n
                 stream.write(_encode_named(values, entry, name))
         for file in copied:
             shutil.copymode(file, partial / file.name)
+        if approve is not None:
+            approve(partial)
 
 
 def _require_replaceable(source: CheckpointFolder, name: str, values: np.ndarray) -> None:

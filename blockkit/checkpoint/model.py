@@ -47,12 +47,15 @@ import numpy as np
 
 from ..design.architecture import Architecture
 from ..design.documents import read_document
-from ..errors import BadInput
+from ..errors import BadInput, ExactnessLost
+from ..graph.changes import Change, dense
 from ..progress import Progress, silent
 from .cache import resolve_model
 from .configuration import from_config
+from .dtypes import rounded
 from .folder import CheckpointFolder, open_folder
 from .formula import evaluated
+from .identity import tensors_digest
 from .tensor_rules import Part, part_of
 
 __all__ = ["Model", "architecture_from_config", "from_config", "open_model", "slots", "stored_name"]
@@ -227,13 +230,41 @@ class Model:
             part.write([changed[name] for name in part.tensors], value)
         return changed
 
-    def fingerprint(self, changed: list[str]) -> dict[str, str]:
-        """What a patch must find again: the architecture, and the weights that it was made for."""
+    def written(self, slot: str, change: Change) -> np.ndarray:
+        """A changed parameter as the checkpoint will hold it, rounded to the types that its tensors are stored in.
+
+        Raises:
+            ExactnessLost: a stored type is too small for a value.
+        """
+        part, value = self.parts[slot], dense(self.parameter(slot), change)
+        tensors = [np.zeros(self.folder.shapes[name]) for name in part.tensors]
+        part.write(tensors, value)
+        try:
+            held = [rounded(t, self.folder.dtype_of(n)) for t, n in zip(tensors, part.tensors, strict=True)]
+        except BadInput as error:
+            raise ExactnessLost(f"{slot} cannot be stored with its change: {error} Choose another strategy") from None
+        return part.read(held)
+
+    def stored_dtypes(self, slots: Iterable[str]) -> frozenset[str]:
+        """The types in which these slots are stored, as safetensors spells them."""
+        return frozenset(self.folder.dtype_of(name) for slot in slots for name in self.parts[slot].tensors)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a patch must find again: the architecture, and all the weights that it was made for."""
+        used = {name for part in self.parts.values() for name in part.tensors}
+        return {
+            "architecture": self.architecture.name,
+            "covers": "every tensor of the checkpoint that its architecture reads, as it is stored",
+            "digest": tensors_digest(self.folder, used),
+        }
+
+    def digest_of(self, changed: Iterable[str]) -> str:
+        """The digest of the values of some slots alone, as patch files of format 1 hold it."""
         digest = hashlib.sha256()
         for slot in sorted(changed):
             digest.update(slot.encode())
             digest.update(np.ascontiguousarray(self.parameter(slot)).tobytes())
-        return {"architecture": self.architecture.name, "weights": digest.hexdigest()}
+        return digest.hexdigest()
 
 
 def _listed(rules: Any) -> list[Any]:

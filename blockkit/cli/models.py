@@ -69,31 +69,25 @@ def apply_(
     model: ModelPath,
     patch: Annotated[Path, typer.Option(help="A patch file that `absorb --out` wrote.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist, or be empty.")],
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Also into weights it was not made for; proves nothing then.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an ordinary Hugging Face checkpoint with the patch merged."""
+    """Write an ordinary Hugging Face checkpoint with the patch merged, and run what was written."""
     from ..checkpoint.model import open_checkpoint
     from ..patch.patch import Patch
+    from ..views.report import merged_json, merged_text
 
     require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
     loaded.require_mergeable()
     with progress() as report:
         opened = open_checkpoint(model, report)
-        report("writing the checkpoint", 0.0)
-        loaded.merge_into(opened, out)
-    first = loaded.context_length
-    result = {
-        "out": str(out),
-        "changed": sorted(loaded.changes),
-        "validity": loaded.validity,
-        "position_ids": [int(p) for p in loaded.position_ids[0]],
-    }
-    text = (
-        f"wrote {out} with {len(loaded.changes)} changed weights; {loaded.validity}\n"
-        f"run it on the query alone, with position_ids from {first} to {first + len(loaded.query) - 1}"
-    )
-    show(result, text, as_json)
+        report("writing the checkpoint, and running it", 0.0)
+        merged = loaded.merge_into(opened, out, allow_other_weights)
+    result = merged_json(merged, loaded, out)
+    show(result, merged_text(result), as_json)
 
 
 def export(
@@ -211,6 +205,8 @@ def _open_session(model: str, backend: str | None, dtype: str) -> Session:
 
 def _faithful(result: dict[str, Any]) -> bool:
     """Whether the edited model's run is the contextual one, as far as that can be told at all."""
+    if result["stored"] is not None:  # changes rounded into 16 bits: the floor of a model that computes in them
+        return result["linf"] <= 2 * result["stored"]["floor_linf"]
     rounding = {"float64": 1e-15, "float32": 1e-6}.get(result["dtype"], 1e-2) * result["largest_logit"]
     return result["linf"] <= 10 * max(result["floor_linf"], rounding)
 

@@ -12,6 +12,7 @@ from ..errors import BadInput
 from ..graph.graph import Graph, listed, suggest
 from ..graph.sizes import Size
 from .components import Component, Number, Stream, inputs_of, lower, with_inputs
+from .components.fields import require_fields, require_signal
 from .documents import Place, placed
 
 
@@ -47,6 +48,9 @@ class Block:
             output, nodes, stream = _flatten(self.output)
             for key, value in (("output", output), ("nodes", nodes), ("input", stream)):
                 object.__setattr__(self, key, value)
+        require_signal(self.output, "a block's output is", Component)
+        if self.place is None:  # what is read from a document is checked there, line by line
+            require_fields(self)
         if self.output not in self.nodes:
             raise BadInput(f"the output {self.output!r} is no component{suggest(self.output, self.nodes)}")
 
@@ -135,6 +139,9 @@ class Embedding:
     scale: Number | None = None
     positions: int | str | None = None
 
+    def __post_init__(self) -> None:
+        require_fields(self)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -151,6 +158,9 @@ class Head:
     bias: bool = False
     scale: Number | None = None
 
+    def __post_init__(self) -> None:
+        require_fields(self)
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -158,6 +168,9 @@ class Layers:
 
     pattern: tuple[str, ...]
     count: int | str
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,7 @@ class Architecture:
     components: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if not self.blocks:
             raise BadInput(f"architecture {self.name!r} has no blocks")
         for kind in self.layers.pattern if self.layers else ():

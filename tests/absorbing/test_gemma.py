@@ -52,7 +52,7 @@ def logits(model: Any, ids: list[int], first: int = 0) -> np.ndarray:
 
     with torch.no_grad():
         at = torch.arange(first, first + len(ids))[None]
-        found: np.ndarray = model(torch.tensor([ids]), position_ids=at, use_cache=False).logits[0].numpy()
+        found: np.ndarray = model(torch.tensor([ids]), position_ids=at, use_cache=False).logits[0].float().numpy()
     return found
 
 
@@ -61,7 +61,7 @@ def cached_logits(model: Any, context: list[int], query: list[int]) -> np.ndarra
 
     with torch.no_grad():
         past = model(torch.tensor([context]), use_cache=True).past_key_values
-        found: np.ndarray = model(torch.tensor([query]), past_key_values=past).logits[0].numpy()
+        found: np.ndarray = model(torch.tensor([query]), past_key_values=past).logits[0].float().numpy()
     return found
 
 
@@ -146,3 +146,57 @@ def test_one_static_patch_serves_a_query_of_forty_tokens(tmp_path: Path) -> None
     # Another program rounds differently, and eighteen blocks amplify it: about two digits are lost (README).
     assert np.abs(found - wanted).max() <= 5e-3
     assert (found.argmax(axis=-1) == wanted.argmax(axis=-1)).all()
+
+
+# -- stored in bfloat16 ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma stored in bfloat16, as its own checkpoint is."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from blockkit.checkpoint.cache import resolve_model
+
+    source, out = resolve_model("gemma3-270m"), tmp_path_factory.mktemp("bfloat16")
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("strategy", ["paper", "minimal", "matrix", "stable"])
+def test_what_is_written_in_bfloat16_holds_in_transformers_or_is_refused(
+    narrow: Path, strategy: str, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    patch, out = tmp_path / "patch.safetensors", tmp_path / "edited"
+    texts = ("--context", CONTEXT, "--query", LAST, "--strategy", strategy, "--backend", "numpy")
+    call = [sys.executable, "-c", "from blockkit.cli.main import main; main()"]
+    absorbed = [*call, "absorb", "--model", narrow, *texts, "--out", patch]
+    done = subprocess.run(absorbed, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    applied = [*call, "apply", "--model", narrow, "--patch", patch, "--out", out]
+    done = subprocess.run(applied, capture_output=True, text=True)
+    if done.returncode:
+        assert done.returncode == 1 and "away from the contextual logits" in done.stderr and not out.exists()
+        assert strategy != "stable"  # the one that is there for it
+        return
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    context, query = tokenizer(CONTEXT)["input_ids"], tokenizer(LAST, add_special_tokens=False)["input_ids"]
+    narrowest = AutoModelForCausalLM.from_pretrained(narrow, dtype=torch.bfloat16).eval()
+    wanted = logits(narrowest, context + query)[-1]
+    floor = np.abs(cached_logits(narrowest, context, query)[-1] - wanted).max()
+    assert floor > 0
+    for dtype in (torch.bfloat16, torch.float32):
+        before, after = (AutoModelForCausalLM.from_pretrained(f, dtype=dtype).eval() for f in (narrow, out))
+        wanted = logits(before, context + query)[-1]
+        assert np.abs(logits(before, query, len(context))[-1] - wanted).max() > 10
+        assert np.abs(logits(after, query, len(context))[-1] - wanted).max() <= 2 * floor

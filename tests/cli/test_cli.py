@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,7 +215,6 @@ def test_text_from_a_file(cli: CommandLine, gemma: Path, tmp_path: Path) -> None
         ((*TEXTS, "--strategy", "foo"), "--strategy 'foo' is not known; allowed are paper"),
         ((*TEXTS, "--strategy", ""), "--strategy '' is not known"),
         ((*TEXTS, "--dtype", "int8"), "--dtype 'int8' is not known; allowed are float32"),
-        ((*TEXTS, "--dtype", "bfloat16"), "the numpy backend runs in float32 or float64"),
         ((*TEXTS, "--backend", "foo"), "--backend 'foo' is not known; allowed are jax, numpy"),
         ((*TEXTS, "--backend", ""), "--backend '' is not known"),
         ((*TEXTS, "--out", "folder"), "is a folder; give a file"),
@@ -343,6 +343,22 @@ def test_a_patch_for_every_token_is_not_merged(cli: CommandLine, gemma: Path, tm
     assert "different values for every token; it cannot be merged" in message
 
 
+def test_apply_says_what_it_proved_or_that_it_proved_nothing(cli: CommandLine, gemma: Path, patch: Path) -> None:
+    done = cli("apply", "--model", gemma, "--patch", patch, "--out", "edited", "--json")
+    assert (
+        done.json["proved"] is True and done.json["linf"]["float64"] <= 1e-4 and done.json["floor_dtype"] == "float32"
+    )
+    shutil.copytree(gemma, "other")
+    with Path("other/model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x3e")
+    words = ("apply", "--model", "other", "--patch", patch, "--out", "out", "--json")
+    assert "--allow-other-weights" in cli.refused(*words[:-1])
+    done = cli(*words, "--allow-other-weights")
+    assert done.status == 0 and done.json["proved"] is False and done.json["linf"] is None
+    assert done.json["validity"].startswith("not proved on these weights")
+
+
 def test_a_patch_for_another_model(cli: CommandLine, llama: Path, patch: Path) -> None:
     message = cli.refused("apply", "--model", llama, "--patch", patch, "--out", "out")
     assert "made for gemma3, this model is llama" in message
@@ -353,12 +369,13 @@ def damaged(source: Path, header: dict[str, Any] | None = None, **tensors: Any) 
     from safetensors import safe_open
     from safetensors.numpy import load_file, save_file
 
+    from blockkit.patch.file import digest
+
     with safe_open(source, framework="np") as file:
         metadata = dict(file.metadata())
-    if tensors:
-        del metadata["sha256"]  # made on purpose: the numbers are to be read
     facts = {**json.loads(metadata["patch"]), **(header or {})}
-    save_file({**load_file(source), **tensors}, "bad", {**metadata, "patch": json.dumps(facts)})
+    metadata, numbers = {**metadata, "patch": json.dumps(facts)}, {**load_file(source), **tensors}
+    save_file(numbers, "bad", {**metadata, "sha256": digest(metadata, numbers)})  # made on purpose, to be read
 
 
 LEFT = "layers.0.mlp.down_proj.left"

@@ -22,7 +22,7 @@ from ..calling.exclusive import sole_use
 from ..calling.interface import Interface
 from ..calling.numbers import readable
 from ..calling.prompts import Prompt, joined, require_fitting, require_ready
-from ..editing.editor import fingerprint
+from ..editing.identity import fingerprint, introduce
 from ..editing.patch import TorchPatch
 from ..editing.proving import worn
 from ..watching.observe import Chosen
@@ -221,9 +221,9 @@ def absorbed_patch(
     ids = reduced.value if not reduced.value.is_floating_point() else torch.full(reduced.value.shape[:2], -1)
     positions = reduced.positions if "position_ids" in interface.takes else torch.arange(reduced.length).expand_as(ids)
     pads = [] if reduced.mask is None else [int(p) for p in (reduced.mask == 0).sum(1)]
-    return TorchPatch(
+    patch = TorchPatch(
         solver.changes,
-        fingerprint(model, list(solver.changes)),
+        fingerprint(model),
         ", ".join(sorted(solver.strategies)),
         tokens,
         context,
@@ -237,6 +237,8 @@ def absorbed_patch(
         merged=task.merge,
         device=str(reduced.value.device),
     )
+    introduce(model, patch)
+    return patch
 
 
 def _real(logits: Tensor, runs: Runs) -> np.ndarray:

@@ -7,9 +7,8 @@ put on is the first that comes off.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,13 +20,14 @@ from blockkit.errors import BadInput
 from blockkit.graph.changes import Change
 from blockkit.graph.changes import digest as change_digest
 from blockkit.graph.changes import parts as change_parts
-from blockkit.patch.in_place import Receipt
-from blockkit.patch.patch import Patch
+from blockkit.patch.in_place import ChangedParameter, Receipt
+from blockkit.patch.patch import ALLOWED, Patch
 
 from ..calling.exclusive import sole_use
 from ..watching.intercepted import Event, Intercepted
 from ..watching.interception import intercept, uncover
 from .changed import Factors, changed_result, merged_value
+from .identity import architecture, is_same
 from .receipts import row, said, some
 from .restoring import NoLongerOn, Original, restore
 from .slots import Slot, find, named, require_fit, require_plain, require_untied, tied_with
@@ -41,56 +41,10 @@ class Applied:
     restore: Callable[[nn.Module], None]
 
 
-WORDS = (4096, 4093)  # of the weights that are hashed at a time
 _APPLIED: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
 
 
 # -- which model a patch is for --------------------------------------------------------------------
-
-
-def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What a patch of these slots must find again.
-
-    Returns:
-        `architecture`: the class, and a hash of all parameters' names, shapes and dtypes;
-        `weights`: a hash of sums over the slots' words, and of the changes kept beside them.
-
-    Raises:
-        BadInput: a slot does not exist, or its numbers are not there.
-    """
-    digest = hashlib.sha256()
-    parameters = named(model)
-    for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-    weights = hashlib.sha256()
-    for name, slot in sorted(find(model, names).items()):
-        require_plain(slot)
-        weights.update(f"{name} {list(slot.tensor.shape)} {slot.tensor.dtype}\n".encode())
-        _hash(weights, slot.tensor)
-        above = parameters[slot.parameter]
-        while isinstance(above, Intercepted):
-            if isinstance(above.handler, Factored):
-                weights.update(above.handler.digest(slot.parameter))
-            above = above.plain
-    kind = type(model)
-    return {
-        "architecture": f"{kind.__module__}.{kind.__qualname__} {digest.hexdigest()[:16]}",
-        "weights": weights.hexdigest(),
-    }
-
-
-def _hash(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Adds sums of the tensor's words by their places modulo two numbers without a common factor.
-
-    No single change leaves them alone, and no exchange of rows does. They are read at the speed of memory, so that a
-    patch of a large model costs no more than a look at its weights.
-    """
-    flat = tensor.contiguous().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-    for words in WORDS:
-        rest = len(flat) % words
-        sums = flat[: len(flat) - rest].reshape(-1, words).sum(0, dtype=torch.int64)
-        digest.update(sums.cpu().numpy().tobytes())
-        digest.update(flat[len(flat) - rest :].cpu().numpy().tobytes())
 
 
 def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:
@@ -99,43 +53,52 @@ def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:
     Raises:
         BadInput: a slot does not exist, has another shape, is quantised, not loaded or tied, or the weights differ.
     """
+    slots = _fitting(patch, model)
+    if not is_same(model, patch.made_for, patch):
+        what = "" if "digest" in patch.made_for else f"the weights that it changes ({some(patch.changes)}) in "
+        raise BadInput(
+            f"the patch was made for other values of {what or 'the parameters or buffers of '}this "
+            f"{type(model).__name__}{_who_changed(patch, model)}. {ALLOWED}"
+        )
+    return slots
+
+
+def _fitting(patch: Patch, model: nn.Module) -> dict[str, Slot]:
+    """The slots, which are those of a model of the patch's kind."""
     slots = find(model, patch.changes)
     for name, slot in slots.items():
         require_plain(slot)
         require_fit(slot, patch.changes[name], name in patch.transposed)
     require_untied(model, slots.values())
-    its = fingerprint(model, patch.changes)
-    made_for = patch.made_for
-    if made_for.get("architecture") != its["architecture"]:
+    mine, its = patch.made_for.get("architecture"), architecture(model)
+    if mine != its:
         raise BadInput(
-            f"the patch was made for {made_for.get('architecture')}, this model is {its['architecture']}: "
-            "its class, or a name, shape or dtype of its parameters differs"
-        )
-    if made_for.get("weights") != its["weights"]:
-        raise BadInput(
-            f"the patch was made for other values of the weights that it changes ({some(patch.changes)}) than this "
-            f"{type(model).__name__} has{_who_changed(patch, model)}"
+            f"the patch was made for {mine}, this model is {its}: its class, or a name, shape or dtype of its "
+            "parameters differs"
         )
     return slots
 
 
 def _who_changed(patch: Patch, model: nn.Module) -> str:
+    lying = _APPLIED.get(model, [])
+    if not lying:
+        return ""
     own = {slot.parameter for slot in find(model, patch.changes).values()}
-    for other in _APPLIED.get(model, []):
-        shared = own & {slot.parameter for slot in find(model, other.patch.changes).values()}
-        if shared:
-            return f": {said(other.patch)}, which lies on it, changes {some(shared)} too; remove that one first"
-    return ""
+    changed = {slot.parameter for slot in find(model, lying[-1].patch.changes).values()}
+    shared = own & changed
+    too = f"{some(shared)} too" if shared else some(changed)
+    return f": {said(lying[-1].patch)}, which lies on it, changes {too}; remove that one first"
 
 
 # -- on and off ------------------------------------------------------------------------------------
 
 
-def apply(patch: Patch, model: nn.Module, merge: bool) -> Receipt:
+def apply(patch: Patch, model: nn.Module, merge: bool, allow_other_weights: bool = False) -> Receipt:
     """Puts the patch on the model, or leaves the model wholly as it was.
 
     Args:
         merge: into the weights; False keeps the changes beside them, as factors.
+        allow_other_weights: on other values than it was made for too; the receipt then claims nothing.
 
     Raises:
         BadInput: see `check`; or the patch has no merged form, or a weight is read-only or would overflow.
@@ -147,9 +110,11 @@ def apply(patch: Patch, model: nn.Module, merge: bool) -> Receipt:
             "the patch holds different values for every token (or prompt), so it cannot be merged into the weights; "
             "use merge=False, which keeps them beside the weights"
         )
-    slots = check(patch, model)
+    slots = _fitting(patch, model) if allow_other_weights else check(patch, model)
+    same = not allow_other_weights or is_same(model, patch.made_for, patch)
     with sole_use(model), torch.inference_mode(False), torch.no_grad():
-        return _merge(patch, model, slots) if merge else _put_beside(patch, model, slots)
+        rows = _merge(patch, model, slots) if merge else _put_beside(patch, model, slots)
+    return Receipt(rows, patch.validity_on(same), same and patch.whole)
 
 
 def remove(patch: Patch, model: nn.Module) -> None:
@@ -217,7 +182,7 @@ def untie(model: nn.Module, name: str) -> None:
 # -- merged ----------------------------------------------------------------------------------------
 
 
-def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
+def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> tuple[ChangedParameter, ...]:
     for slot in slots.values():
         if slot.whole.is_inference():
             raise BadInput(
@@ -235,7 +200,7 @@ def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt
         for original in originals:
             _put(original.slots[0].whole, original.values)
         raise
-    return Receipt(tuple(rows), patch.validity)
+    return tuple(rows)
 
 
 def merged_values(patch: Patch, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
@@ -353,7 +318,7 @@ class Factored:
         return b"".join(change_digest(self.patch.changes[slot.name]) for slot in self.slots[parameter].values())
 
 
-def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
+def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> tuple[ChangedParameter, ...]:
     parameters = {name: {slot.index: slot for slot in own} for name, own in by_parameter(slots).items()}
     handler = Factored(patch, parameters)
     restore_all = intercept(model, list(parameters), handler)
@@ -367,7 +332,7 @@ def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Re
     except BaseException:
         restore_all()
         raise
-    return Receipt(rows, patch.validity)
+    return rows
 
 
 def _uncovered(patch: Patch, exchanged: list[str]) -> None:

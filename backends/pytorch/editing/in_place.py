@@ -24,9 +24,9 @@ class TorchInPlace:
         """See `blockkit.patch.in_place.InPlace.check`."""
         editing.check(patch, model)
 
-    def apply(self, patch: Patch, model: Any, merge: bool) -> Receipt:
+    def apply(self, patch: Patch, model: Any, merge: bool, allow_other_weights: bool = False) -> Receipt:
         """See `blockkit.patch.in_place.InPlace.apply`."""
-        return editing.apply(patch, model, merge)
+        return editing.apply(patch, model, merge, allow_other_weights)
 
     def remove(self, patch: Patch, model: Any) -> None:
         """See `blockkit.patch.in_place.InPlace.remove`."""
