@@ -16,7 +16,7 @@ from blockkit.absorbing.executor import Executor, reference
 from blockkit.absorbing.request import Request
 from blockkit.absorbing.run import fill_cache, logits_of, run_stream
 from blockkit.checkpoint.model import open_model
-from blockkit.design import catalog
+from blockkit.design import catalog, components
 from blockkit.errors import BadInput, ConditionViolated
 from blockkit.graph.arrays import NumpyArrays
 from blockkit.graph.evaluate import evaluate
@@ -190,8 +190,8 @@ def test_mamba2_equals_its_class(groups: int) -> None:
 
 def test_rwkv_equals_its_class() -> None:
     x = bk.stream()
-    v = x + bk.components.TimeMix(bk.LayerNorm(x, name="time_norm"), inner=20, name="time_mix")
-    y = v + bk.components.ChannelMix(bk.LayerNorm(v, name="channel_norm"), hidden=24, name="channel_mix")
+    v = x + components.TimeMix(bk.LayerNorm(x, name="time_norm"), inner=20, name="time_mix")
+    y = v + components.ChannelMix(bk.LayerNorm(v, name="channel_norm"), hidden=24, name="channel_mix")
     graph, stream = bk.Block(y, width=16).graph(), some_rows()
     with in_float64():
         module = transformers.models.rwkv.modeling_rwkv.RwkvBlock(transformers.RwkvConfig(**RWKV), layer_id=1)
@@ -367,7 +367,7 @@ def test_rwkv_hangs_on_its_squared_relu() -> None:
     assert verdict.patchable is None and verdict.routes
     assert all(any("channel_mix.hidden is not zero" in str(c) for c in r.conditions) for r in verdict.routes)
     x = bk.stream()
-    alone = bk.Block(x + bk.components.TimeMix(bk.LayerNorm(x), inner=20, name="time_mix"), width=16)
+    alone = bk.Block(x + components.TimeMix(bk.LayerNorm(x), inner=20, name="time_mix"), width=16)
     assert bk.check(alone).patchable is True and bk.check(alone).capacity == 20
 
 
@@ -384,7 +384,7 @@ def test_a_static_patch_beyond_the_capacity_is_refused() -> None:
 def test_what_cross_attention_reads_may_be_context(context: int) -> None:
     """The other sequence loses its first rows; where there are none to lose there is nothing to patch."""
     x = bk.stream()
-    read = bk.components.CrossAttention(bk.RMSNorm(x), heads=2, head_dim=6, memory_width=9, name="cross")
+    read = components.CrossAttention(bk.RMSNorm(x), heads=2, head_dim=6, memory_width=9, name="cross")
     graph = bk.Block(x + read, width=16).graph()
     trial = draw_sequence(graph, context=context, tokens=1)
     assert trial.memory is not None and trial.memory.shape == (context + 3, 9)

@@ -111,7 +111,7 @@ def test_patches_come_off_in_order_and_after_any_failure(backend: str, measured:
     found = measured(backend, "editing:Llama3")
     assert all(found[key] for key in ("between", "restored", "after_interrupt", "inside", "after_with"))
     said = found["messages"]
-    assert "other weights" in said["twice"]
+    assert "already" in said["twice"]
     assert "1 other patch(es) lie above it" in said["below"]
     assert "not on" in said["gone"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import conformance
 import pytest
 from conformance import Record
-from processes import python
+from processes import SMALL_MODELS, python
 
 
 @functools.cache
@@ -19,7 +19,9 @@ def records(backend: str, home: Path, *suites: str) -> dict[str, list[Record]]:
     if backend != "numpy" and find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     found: dict[str, list[Record]] = {suite.partition("=")[0]: [] for suite in suites}
-    for line in python(conformance.__file__, backend, *suites, home=home, KERAS_BACKEND=backend).splitlines():
+    settings = SMALL_MODELS if "tiny" in suites else {}
+    out = python(conformance.__file__, backend, *suites, home=home, KERAS_BACKEND=backend, **settings)
+    for line in out.splitlines():
         if line.startswith("{"):
             record = json.loads(line)
             found[record.pop("suite")].append(record)
