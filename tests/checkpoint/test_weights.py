@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import HANGS
 
 from blockkit.checkpoint.cache import resolve_model
 from blockkit.checkpoint.dtypes import decode, encode
@@ -755,7 +756,7 @@ def test_interrupted_resolve_leaves_no_model(tmp_path: Path, cache: Path) -> Non
 
 
 def test_two_conversions_may_race(tmp_path: Path, cache: Path) -> None:
-    file, found, meeting = write_gguf(tmp_path / "m.gguf"), [], threading.Barrier(2, timeout=30)
+    file, found, meeting = write_gguf(tmp_path / "m.gguf"), [], threading.Barrier(2, timeout=HANGS)
 
     def meet(stage: str, fraction: float) -> None:
         if (stage, fraction) == ("weights", 1.0):

@@ -8,75 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import with_tokenizer
+from command_line import RUN, CommandLine
 from conformance import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from processes import HANGS
 
 import blockkit as bk
 from blockkit.absorbing import backends as opening
-from blockkit.cli.main import main
 
 TEXTS = ("--context", "w1 w2 w3", "--query", "w4 w5")
-RUN = [sys.executable, "-c", "from blockkit.cli.main import main; main()"]
 LONG_NAME = "x" * 300
-
-
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """The one message, after the lines of progress."""
-        assert self.out == "" and "Traceback" not in self.err
-        assert self.err.count("error: ") == 1 and self.err.endswith("\n")
-        return self.err.split("error: ")[1]
-
-    @property
-    def json(self) -> Any:
-        assert self.out.count("\n") == 1  # one object and nothing else
-        return json.loads(self.out)
-
-
-class CommandLine:
-    """`main()` in this process, as the console script calls it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *words: str | Path) -> Done:
-        self.monkeypatch.setattr(sys, "argv", ["blockkit", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = self.capsys.readouterr()
-        return Done(int(ended.value.code or 0), out, err)
-
-    def absorb(self, model: str | Path, *words: str | Path) -> Done:
-        return self("absorb", "--model", model, "--backend", "numpy", *words)
-
-    def refused(self, *words: str | Path) -> str:
-        done = self(*words)
-        assert done.status == 2, done
-        return done.message
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
-
-
-def with_tokenizer(family: str, folder: Path, words: int = 49) -> Path:
-    tiny_model(family, folder)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *(f"w{i}" for i in range(words))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -462,10 +407,10 @@ def test_a_patch_that_is_none(cli: CommandLine, gemma: Path, patch: Path, tmp_pa
 def interrupted(stage: str, *words: str | Path) -> tuple[int, str]:
     """Ctrl-C at a stage that is made to last; gives the status and what stderr said after it."""
     slow = f"""
-import blockkit.checkpoint.folder as folder, blockkit.measure as measure, shutil, time, sys
+import blockkit.checkpoint.folder as folder, blockkit.absorbing.measure as measure, shutil, time, sys
 def linger(*args, **kwargs):
     print("lingering", file=sys.stderr, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 {stage} = linger
 from blockkit.cli.main import main
 main()
@@ -477,7 +422,7 @@ main()
             if line == "lingering\n":
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=HANGS)
     assert out == ""
     return process.returncode, err
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import families
 import numpy as np
 import results
-from test_families import CASES, IDS, POSITIONS, Family, relative
-from test_keras_model import python
+from family_cases import CASES, IDS, POSITIONS, Family, relative
+from processes import python
 
 from blockkit.absorbing.executor import reference
 from blockkit.absorbing.run import logits_of, run_stream

@@ -12,8 +12,8 @@ import expert_checks as checks
 import numpy as np
 import pytest
 from expert_checks import HIDDEN, KINDS, WIDTH, block_of
-from test_catalogue import SMALL, blocks
-from test_keras_model import python
+from processes import SMALL_MODELS, python
+from small_blocks import SMALL, blocks
 
 from blockkit.absorbing import algorithm
 from blockkit.absorbing.algorithm import Absorbed
@@ -569,7 +569,8 @@ def test_on_keras_with_jax(whole: Callable[[str], Whole], tmp_path: Path) -> Non
     mine = whole("qwen3-moe")
     assert mine.model.folder.path == mine.path
     script = str(Path(checks.__file__))
-    found = json.loads(python(script, str(mine.path), home=tmp_path, KERAS_BACKEND="jax").splitlines()[-1])
+    out = python(script, mine.path, home=tmp_path, KERAS_BACKEND="jax", **SMALL_MODELS)
+    found = json.loads(out.splitlines()[-1])
     assert found["forward"].keys() == KINDS.keys()
     assert max(found["forward"].values()) <= 1e-5, found["forward"]
     absorbed = found["absorbed"]

@@ -34,8 +34,8 @@ from blockkit.graph.ops import (
 from blockkit.graph.reach import Reach
 from blockkit.graph.sizes import Size
 from blockkit.planner.plan import make_plan
-from blockkit.planner.planner import Planner
 from blockkit.planner.route import Route, Step
+from blockkit.planner.routes import Planner
 from blockkit.solve import sphere
 from blockkit.solve.sphere import closest_unit_rms
 from blockkit.solve.step import Operands, solve_step
@@ -130,7 +130,7 @@ def chain(leaf: str, links: Sequence[str], width: int = 4) -> Graph:
 
 def the_step(graph: Graph) -> Step:
     """The planner's only way to steer the output: one step for the leaf."""
-    (route,) = list(Planner(graph).steer(graph.output))
+    (route,) = list(Planner(graph).routes_to(graph.output))
     (step,) = route.steps
     assert step.parameter == "leaf"
     return step
@@ -232,7 +232,7 @@ def normed_block(offset: float, norm_first: bool, seed: int) -> tuple[trial.Tria
         [Node("h", MatMul(), ("x", "W")), Node("n", RMSNorm(), ("h",)), Node("s", Multiply(offset), args),
          Node("mixed", Mix(), ("x",)), Node("y", Add(), ("s", "mixed"))],
     )  # fmt: skip
-    (route,) = [r for r in Planner(graph).steer("y") if len(r.steps) == 2]
+    (route,) = [r for r in Planner(graph).routes_to("y") if len(r.steps) == 2]
     return trial.draw(graph, seed), route
 
 
@@ -265,7 +265,7 @@ def test_a_law_with_a_limit_names_it_and_is_on_no_route(kind: str) -> None:
     builder = Builder(4)
     bounded = builder.add(op, 4, LEAVES["bias"](builder, 4))
     planner = Planner(builder.finish(bounded))
-    assert list(planner.steer(planner.graph.output)) == []
+    assert list(planner.routes_to(planner.graph.output)) == []
     assert any(law.limit in o.reason and o.node == bounded for o in planner.obstructions)
     drawn = trial.draw(planner.graph, 3, tokens=50)
     parameters = {**drawn.parameters, "leaf": 10 * drawn.parameters["leaf"]}

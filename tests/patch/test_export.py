@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -12,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from families import VOCABULARY, Pair, make, some_ids
+from families import GPT2, LLAMA, VOCABULARY, Pair, make, some_ids
+from processes import python
 from safetensors.numpy import load_file, save_file
-from test_huggingface_parity import GPT2, LLAMA
 
 from blockkit import Patch
 from blockkit.absorbing.algorithm import absorb
@@ -105,7 +104,7 @@ def test_peft_gives_the_contextual_logits_in_a_new_process(
         measured = result["measured"]
         assert measured["reloaded_linf"] <= LIMIT and measured["unpatched_linf"] > 0.1 and measured["top1_agree"] == 1
         jobs.append(f"{case.path}:{lora}:{tmp_path / 'ids.npy'}:{out}")
-    subprocess.run([sys.executable, "-c", NEW_PROCESS, *jobs], check=True, capture_output=True, timeout=300)
+    python("-c", NEW_PROCESS, *jobs, home=tmp_path)
     for number, case in enumerate(cases.values()):
         assert np.abs(np.load(tmp_path / f"{number}.npy") - case.contextual).max() <= LIMIT
 

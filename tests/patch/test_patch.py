@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import HANGS
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -159,7 +160,7 @@ def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
         patch = Patch.load(sys.argv[1])
         pathlib.Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
         patch.save(sys.argv[1])"""
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "p"], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "p"], capture_output=True, timeout=HANGS)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "p").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2  # the new one, complete but not yet in place

@@ -31,7 +31,7 @@ from blockkit.graph.ops import (
 )
 from blockkit.graph.sizes import Capacity, Size
 from blockkit.planner.plan import STRATEGIES, make_plan, offers
-from blockkit.planner.planner import Planner
+from blockkit.planner.routes import Planner
 from blockkit.planner.verdict import Verdict, judge
 from blockkit.trials import trial
 

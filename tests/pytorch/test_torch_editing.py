@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from torch import Tensor, nn  # noqa: E402
+from unchanged import hashes  # noqa: E402
 
 from blockkit.backends.pytorch import absorb  # noqa: E402
 from blockkit.backends.pytorch.editing import editor as editing  # noqa: E402
@@ -94,14 +94,6 @@ def patch_for(model: nn.Module, slots: dict[str, str], rows: int = 0, size: floa
         "transposed": tuple(s for s, how in slots.items() if how),
     }  # fmt: skip
     return Patch(changes, **(facts | more))
-
-
-def hashes(model: nn.Module) -> dict[str, tuple[int, str]]:
-    """Which object every parameter is, and its bytes."""
-    return {
-        name: (id(p), hashlib.sha256(p.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:

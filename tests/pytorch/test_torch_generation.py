@@ -16,13 +16,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from checkpoints import with_tokenizer
+from command_line import CommandLine
+from processes import HANGS
 from safetensors.numpy import load_file, save_file
-from test_cli import RUN, CommandLine, with_tokenizer
-from test_torch_editing import hashes
 from torch import Tensor, nn
 from torch_modules import LanguageModel, LayerScale, drawn
+from unchanged import hashes
 
 from blockkit import extras
 from blockkit.absorbing import generation as core
@@ -97,7 +100,8 @@ def test_the_patched_model_chooses_what_the_model_does(kind: str, tokens: str, m
     assert hashes(model) == before
     assert found.ids == [t.patched_id for t in found.tokens] == plain(model, 5)
     wanted, others, without = reference_runs(model, PROMPT, 1, found.ids, tokens == "each")
-    floor = max(abs(other - wanted).max() for other in others)
+    # Without a cache every run may be the same sums, by the processor; then one unit in the last place is the floor.
+    floor = max(np.spacing(abs(wanted).max()), *(abs(other - wanted).max() for other in others))
     assert 0 < floor < 1e-5 and abs(without - wanted).max() > 1000 * floor
     errors = [t.measured.linf for t in found.tokens if t.measured is not None]
     assert len(errors) == 5 and max(errors) <= 10 * floor
@@ -331,12 +335,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_tokenizer("gemma3_text", tmp_path_factory.mktemp("models") / "gemma")
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
-
-
 WORDS = ("--prompt", "w1 w2 w3 w4 w5 w6", "--max-new-tokens", "4")
 
 
@@ -384,17 +382,32 @@ def test_tokens_are_printed_before_the_last_one_is_known(
     assert not list(Path().iterdir())
 
 
+LINGERING = """
+import time
+from blockkit.backends.pytorch.generating.experiment import TransformersExperiment
+whole = TransformersExperiment.steps
+def steps(self):
+    for number, step in enumerate(whole(self)):
+        if number == 2:
+            time.sleep(600)
+        yield step
+TransformersExperiment.steps = steps
+from blockkit.cli.main import main
+main()
+"""
+
+
 def test_ctrl_c_ends_it(checkpoint: Path, tmp_path: Path) -> None:
     words = ["generate", "--model", str(checkpoint), "--prompt", "w1 w2 w3", "--max-new-tokens", "50"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    call = [sys.executable, *RUN[1:], *words]
+    call = [sys.executable, "-c", LINGERING, *words]
     process = subprocess.Popen(call, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.readline()  # the first token is there
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out.count("yes") < 50
+    out, err = process.communicate(timeout=HANGS)
+    assert process.returncode == 130 and out.count("yes") <= 2
     assert "interrupted" in err and "Traceback" not in err
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from processes import HANGS
 from typer.testing import CliRunner
 
 import blockkit as bk
@@ -204,7 +205,7 @@ def test_latex_is_balanced_and_complete(name: str) -> None:
 def test_latex_compiles_without_overfull_lines(name: str, tmp_path: Path) -> None:
     (tmp_path / "plan.tex").write_text(latex(PLANS[name], name))
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "plan.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=HANGS)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull" not in done.stdout
 
