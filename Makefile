@@ -7,7 +7,7 @@ DEMO := .venv-demo
 TEST := .venv
 EXTRAS := gemma$(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND))
 PIP_QUIET := -m pip install --quiet --disable-pip-version-check
-SCRIPT := PYTHONPATH=tests/support:tests/checkpoint:tests/keras $(TEST)/bin/python tests/figures
+SCRIPT := PYTHONPATH=tests/support $(TEST)/bin/python tests/figures
 PERIODIC := figures families table bench bench-in-place scale attack zoo generation
 
 .PHONY: demo test lint docs check-all clean help $(PERIODIC)
