@@ -98,7 +98,7 @@ for name in names:
     assert verdict.patchable
     capacities[name] = {r.parameters[0]: r.capacity.estimate() for r in verdict.routes if len(r.parameters) == 1}
 
-figure, axis = plt.subplots(figsize=(8, 4))
+figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
 for place, (_, routes) in enumerate(capacities.items()):
     axis.scatter([place] * len(routes), list(routes.values()))
     for parameter, tokens in routes.items():

@@ -102,7 +102,7 @@ def by_layer(patch) -> dict[str, np.ndarray]:
     return found
 
 
-figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey=True)
+figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey=True, layout="constrained")
 for axis, (strategy, patch) in zip(axes.flat, patches.items(), strict=True):
     for kind, sizes in by_layer(patch).items():
         axis.semilogy(range(depth), sizes, marker="o", markersize=3, label=kind)
@@ -127,7 +127,7 @@ effective = (spectra.sum(1) ** 2) / (spectra**2).sum(1)
 print(static.validity, dict(static.measured))
 assert len(spectra) == depth and (effective <= query.shape[1] + 1e-9).all()
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
 shown = left.imshow(np.log10(spectra.T), aspect="auto", origin="lower")
 figure.colorbar(shown, ax=left, label="log10 of the singular value")
 left.set_xlabel("layer")

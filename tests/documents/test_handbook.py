@@ -45,12 +45,20 @@ class Loaded(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.found += re.findall(r"https?://[^\"' ]+", data)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = dict(attrs)
+        self.inside, named = tag, dict(attrs)
         source = named.get("src") if tag in ("script", "img", "iframe", "source") else None
         fetched = tag == "link" and (named.get("rel") or "") in ("stylesheet", "preload", "preconnect", "icon")
         self.found += [url for url in (source, named.get("href") if fetched else None) if url]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
 
 
 def loaded(page: Path) -> Iterator[str]:
