@@ -111,7 +111,9 @@ def test_patches_come_off_in_order_and_after_any_failure(backend: str, measured:
     found = measured(backend, "editing:Llama3")
     assert all(found[key] for key in ("between", "restored", "after_interrupt", "inside", "after_with"))
     said = found["messages"]
-    assert "already" in said["twice"]
+    assert found["reloaded"] and found["left"]
+    assert "already" in said["twice"] and "already" in said["again"]
+    assert "is no longer on" in said["overwritten"] and "not on" in said["forgotten"]
     assert "1 other patch(es) lie above it" in said["below"]
     assert "not on" in said["gone"]
 

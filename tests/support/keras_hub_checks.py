@@ -182,6 +182,7 @@ def check_sharing(family: str, folder: Path) -> dict[str, Any]:
 
 def check_editing(family: str, folder: Path) -> dict[str, Any]:
     """Two patches in the wrong order, an exception while one is applied, and one inside `with`."""
+    import blockkit as bk
     from blockkit.backends.keras import hub_editing
     from blockkit.backends.keras.hub import absorb
 
@@ -199,6 +200,20 @@ def check_editing(family: str, folder: Path) -> dict[str, Any]:
     first.remove(model)
     found["restored"] = all_bytes(model) == before
     messages["gone"] = message(lambda: first.remove(model))
+    first.save(folder / "first.safetensors")
+    again = bk.Patch.load(folder / "first.safetensors")  # as a notebook's cell has it that runs twice
+    first.apply(model)
+    messages["again"] = message(lambda: again.apply(model))
+    again.remove(model)
+    found["reloaded"] = all_bytes(model) == before
+    first.apply(model)
+    kept = [np.array(v) for v in model.get_weights()]
+    model.set_weights([v + 1 for v in kept])
+    others = all_bytes(model)
+    messages["overwritten"] = message(lambda: first.remove(model))
+    found["left"] = all_bytes(model) == others
+    messages["forgotten"] = message(lambda: first.remove(model))
+    model = build(family)
     merge, calls = hub_editing._merge, []
 
     def failing(*args: Any) -> Any:
