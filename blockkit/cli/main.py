@@ -39,6 +39,7 @@ def main() -> None:
 
 def _listen() -> None:
     _asked.clear()
+    sys.unraisablehook = _lost
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             try:
@@ -55,6 +56,19 @@ def _interrupt(number: int, frame: object) -> None:
         atomic.abandon()
     os.write(2, MESSAGE.encode())
     os._exit(INTERRUPTED)
+
+
+def _lost(unraisable: "sys.UnraisableHookArgs") -> None:
+    """An interruption that came where nothing can be raised, as in a destructor, comes again a little later."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt) or not hasattr(signal, "setitimer"):
+        sys.__unraisablehook__(unraisable)
+        return
+    signal.signal(signal.SIGALRM, _again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _again(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _fault(error: BaseException) -> str:

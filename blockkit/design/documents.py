@@ -119,6 +119,7 @@ def _parsed_yaml(text: str, source: str) -> Any:
         """Ends the reading of a file that would take minutes."""
 
         count = 0
+        warn_double_anchors = False  # they are allowed: the later one counts
 
         def compose_node(self, parent: Any, index: int) -> Any:
             self.count += 1

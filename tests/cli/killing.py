@@ -65,7 +65,7 @@ class Scene:
             process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         new = digest(target)
-        allowed = (0, 130, -signal.SIGKILL) if way == "KILL" else (0, 2, 130)  # 2: apply does not overwrite
+        allowed = (0, 2, -signal.SIGKILL if way == "KILL" else 130)  # 2: a folder is not overwritten
         if process.returncode not in allowed:
             return f"{name} {way}: status {process.returncode}: {err[-300:]}"
         if "Traceback" in err:

@@ -243,6 +243,17 @@ def test_an_interruption_while_importing(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written\n")
 
 
+def test_an_interruption_where_nothing_can_be_raised(tmp_path: Path) -> None:
+    """Python drops what is raised in a destructor; the command must still end, and say so in one line."""
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\nclass Last:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.01)\nLast()\ntime.sleep(20)\nraise SystemExit(3)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*RUN, "list"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written\n")
+
+
 def test_a_fault_is_one_message(tmp_path: Path) -> None:
     """Also one that is no `Exception`, as a panic of a foreign library, and one while importing."""
     (tmp_path / "typer.py").write_text("class Panic(BaseException): pass\nraise Panic('\\x1b[31m')\n")
