@@ -119,9 +119,9 @@ def _parsed_yaml(text: str, source: str) -> Any:
         """Ends the reading of a file that would take minutes."""
 
         count = 0
-        warn_double_anchors = False  # they are allowed: the later one counts
 
         def compose_node(self, parent: Any, index: int) -> Any:
+            self.warn_double_anchors = False  # YAML allows them: the later one counts
             self.count += 1
             if self.count > MOST_YAML_VALUES:
                 line = self.parser.peek_event().start_mark.line + 1
