@@ -166,15 +166,18 @@ def test_buffers_of_rotary_positions_are_left_out(tmp_path: Path) -> None:
     refused(lambda: open_model(tmp_path / "other"), "model.layers.0.self_attn.strange is not part of")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3"])
 def test_a_stored_head_wins_over_the_configuration(tmp_path: Path, family: str) -> None:
     """As in `transformers` 5, which does not tie what is stored apart."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    theirs = {"llama": "Llama", "gemma": "Gemma", "gemma2": "Gemma2"}[family]
+    theirs, settings = (
+        {"llama": "Llama", "gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"}[family],
+        {"gemma3": "Text"}.get(family, ""),
+    )
     sizes = {k: CONFIG[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "vocab_size")}
-    config = getattr(transformers, f"{theirs}Config")(
+    config = getattr(transformers, f"{theirs}{settings}Config")(
         **sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None,
-        bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, **({"query_pre_attn_scalar": 6} if family == "gemma2" else {}),
+        bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, **({"query_pre_attn_scalar": 6} if family in ("gemma2", "gemma3") else {}),
     )  # fmt: skip
     torch.manual_seed(0)
     model = getattr(transformers, f"{theirs}ForCausalLM")(config)
