@@ -75,9 +75,9 @@ def apply_(
     from ..checkpoint.model import open_checkpoint
     from ..patch.patch import Patch
 
-    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
     loaded.require_mergeable()
+    require_apart(out, "--out", [*model_files(model), patch])
     with progress() as report:
         opened = open_checkpoint(model, report)
         report("writing the checkpoint", 0.0)
@@ -109,8 +109,8 @@ def export(
     from ..views.report import adapter_json, adapter_text
 
     require_known("--format", format_, FORMATS)
-    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
+    require_apart(out, "--out", [*model_files(model), patch])
     with progress() as report:
         found = export_peft(loaded, out, model, report)
     show(adapter_json(found, loaded), adapter_text(found, loaded), as_json)

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_model import TEXTS, write_model
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the same bits in each run
 RUN = [sys.executable, "-c", "from blockkit.cli.main import main; main()"]
 WAYS = ("INT", "TERM", "KILL", "INT twice")
 
@@ -48,7 +49,7 @@ class Scene:
         }
 
     def run(self, words: list[str], *more: str) -> None:
-        subprocess.run([*RUN, *words, *more], check=True, capture_output=True)
+        subprocess.run([*RUN, *words, *more], check=True, capture_output=True, env=ENV)
 
     def kill(self, name: str, way: str, rng: random.Random, longest: float) -> str:
         """One kill; what is wrong afterwards, in words, or nothing."""
@@ -56,7 +57,7 @@ class Scene:
         target = self.folder / "out" / file
         old = digest(target)
         call = [*RUN, *words, str(target)]
-        process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
         wait_for_main(process.pid)
         time.sleep(rng.random() * longest)
         process.send_signal({"TERM": signal.SIGTERM, "KILL": signal.SIGKILL}.get(way, signal.SIGINT))
