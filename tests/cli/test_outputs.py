@@ -90,12 +90,14 @@ def test_no_output_is_an_input(call: Any, model: Path, tmp_path: Path) -> None:
         ("verify", "s.yaml", "--dump", "s.yaml"),
         ("verify", "s.yaml", "--dump", "linked.npz"),
     ):
-        before = digest(tmp_path / "text") + digest(tmp_path / "patch") + digest(tmp_path / "s.yaml") + digest(model)
+        before = (
+            (tmp_path / "text").read_text() + digest(tmp_path / "patch") + digest(tmp_path / "s.yaml") + digest(model)
+        )
         status, _, err = call(*words)
         assert status == 2 and "is read" in err, (words, err)
-        assert before == digest(tmp_path / "text") + digest(tmp_path / "patch") + digest(tmp_path / "s.yaml") + digest(
-            model
-        )
+        assert before == (tmp_path / "text").read_text() + digest(tmp_path / "patch") + digest(
+            tmp_path / "s.yaml"
+        ) + digest(model)
 
 
 def test_another_place_is_fine(call: Any, model: Path, tmp_path: Path) -> None:
