@@ -62,6 +62,7 @@ __all__ = ["Model", "architecture_from_config", "from_config", "open_model", "sl
 
 BUFFERS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached")  # recomputed, never read
 MOST_LAYERS = 10_000
+MOST_STACKED = 100_000  # tensors of experts, which may also lie in one
 OUTSIDE = ("head", "head_bias")  # slots whose tensors stand outside the prefix
 
 
@@ -167,9 +168,10 @@ class Model:
             BadInput: the configuration asks for far more tensors than the checkpoint has.
         """
         there, layers = len(self.folder.shapes), self.architecture.depth or 0
-        stacks = [rule for rules in self.conventions["tensors"].values() for rule in _listed(rules) if "stack" in rule]
-        counts = [int(evaluated(rule["count"], self.architecture.constants)) for rule in stacks]
-        if layers > min(there, MOST_LAYERS) or layers * max(counts, default=1) > there + MOST_LAYERS:
+        rules = [rule for listed in self.conventions["tensors"].values() for rule in _listed(listed)]
+        stacks = [rule["count"] for rule in rules if isinstance(rule, Mapping) and "stack" in rule]
+        counts = [int(evaluated(count, self.architecture.constants)) for count in stacks]
+        if layers > min(there, MOST_LAYERS) or layers * max(counts, default=1) > there + MOST_STACKED:
             raise BadInput(
                 f"{self.folder.path}: the configuration asks for {layers} layers"
                 f"{f' of {max(counts)} experts' if counts else ''}, and the checkpoint has {there} tensors"

@@ -4,6 +4,7 @@ The first SIGINT or SIGTERM unwinds as Ctrl-C does, and every temporary file is 
 removes them itself and ends at once. Both give status 130.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -28,8 +29,7 @@ def main() -> None:
         raise
     except BaseException as error:
         if _asked:  # what was interrupted may have turned that into another error
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # all is done but the interpreter's own end
+            _deafen()
         if _asked or isinstance(error, KeyboardInterrupt | Interrupted):
             _end(MESSAGE, INTERRUPTED)
         _end(_fault(error), FAULT)
@@ -37,12 +37,23 @@ def main() -> None:
 
 def _listen() -> None:
     _asked.clear()
+    sys.unraisablehook = _lost
+    atexit.register(_deafen)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             try:
                 signal.signal(number, _interrupt)
             except ValueError:  # not the main thread
                 return
+
+
+def _deafen() -> None:
+    """All is done but the interpreter's own end, which an interruption would only spoil."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            signal.signal(number, signal.SIG_IGN)
+        except ValueError:  # not the main thread
+            return
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -53,6 +64,19 @@ def _interrupt(number: int, frame: object) -> None:
         atomic.abandon()
     os.write(2, MESSAGE.encode())
     os._exit(INTERRUPTED)
+
+
+def _lost(unraisable: "sys.UnraisableHookArgs") -> None:
+    """An interruption that came where nothing can be raised, as in a destructor, comes again a little later."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt) or not hasattr(signal, "setitimer"):
+        sys.__unraisablehook__(unraisable)
+        return
+    signal.signal(signal.SIGALRM, _again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _again(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _fault(error: BaseException) -> str:

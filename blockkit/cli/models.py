@@ -79,9 +79,9 @@ def apply_(
     from ..patch.patch import Patch
     from ..views.report import merged_json, merged_text
 
-    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
     loaded.require_mergeable()
+    require_apart(out, "--out", [*model_files(model), patch])
     with progress() as report:
         opened = open_checkpoint(model, report)
         report("writing the checkpoint, and running it", 0.0)
@@ -103,8 +103,8 @@ def export(
     from ..views.report import adapter_json, adapter_text
 
     require_known("--format", format_, FORMATS)
-    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
+    require_apart(out, "--out", [*model_files(model), patch])
     with progress() as report:
         found = export_peft(loaded, out, model, report)
     show(adapter_json(found, loaded), adapter_text(found, loaded), as_json)

@@ -102,10 +102,8 @@ def require_apart(out: Path, option: str, inputs: Iterable[Path | None]) -> None
     for given in inputs:
         if given is None or (source := _real(given)) is None or target is None or not source.exists():
             continue
-        if target == source or (source.is_dir() and target.is_relative_to(source)):
-            raise BadInput(
-                f"{option} {out} would overwrite, or lie inside, {given}, which is read; choose another place"
-            )
+        if source.is_dir() and target.is_relative_to(source):
+            raise BadInput(f"{option} {out} would lie inside {given}, which is read; choose another place")
         if target.is_file():
             for file in [source, *(source.iterdir() if source.is_dir() else ())]:
                 if file.exists() and file.samefile(target):

@@ -121,6 +121,7 @@ def _parsed_yaml(text: str, source: str) -> Any:
         count = 0
 
         def compose_node(self, parent: Any, index: int) -> Any:
+            self.warn_double_anchors = False  # YAML allows them: the later one counts
             self.count += 1
             if self.count > MOST_YAML_VALUES:
                 line = self.parser.peek_event().start_mark.line + 1

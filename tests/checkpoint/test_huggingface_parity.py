@@ -233,7 +233,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("gemma3", {"attention_bias": True}, "attention_bias", "True"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention", "True"),
     ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation", "gelu"),
-    ("gemma3", {"tie_word_embeddings": False}, "tie_word_embeddings", "False"),
     ("gemma3", {"rope_parameters.full_attention.rope_type": "yarn"}, "full_attention.rope_type", "yarn"),
     ("gemma3", {"rope_parameters.full_attention.rope_type": "llama3"}, "full_attention.rope_type", "llama3"),
     ("gemma3", {"rope_parameters.sliding_attention.rope_type": "linear"}, "sliding_attention.rope_type", "linear"),
@@ -269,7 +268,7 @@ def test_an_unsupported_model_type_lists_what_is(kind: Any, tmp_path: Path) -> N
     assert repr(kind) in str(error.value) and ", ".join(sorted(supported())) in str(error.value)
 
 
-SIZES = [("gemma3", "sliding_window"), ("llama", "hidden_size"), ("gpt2", "n_head")]
+SIZES = [("gemma3", "num_hidden_layers"), ("llama", "hidden_size"), ("gpt2", "n_head")]
 
 
 @pytest.mark.parametrize(("family", "key"), SIZES)

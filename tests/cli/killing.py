@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_model import TEXTS, write_model
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the same bits in each run
 RUN = [sys.executable, "-c", "from blockkit.cli.main import main; main()"]
 WAYS = ("INT", "TERM", "KILL", "INT twice")
 
@@ -27,7 +29,12 @@ def digest(path: Path) -> str:
     """Of a file, or of all files of a folder with their names; empty where there is nothing."""
     if path.is_dir():
         return " ".join(f"{f.name} {digest(f)}" for f in sorted(path.iterdir()))
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    content = path.read_bytes() if path.exists() else b""
+    if content and path.suffix == "":  # a patch; the keys of its header come in any order
+        size = int.from_bytes(content[:8], "little")
+        header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True)
+        content = header.encode() + content[8 + size :]
+    return hashlib.sha256(content).hexdigest() if content else ""
 
 
 class Scene:
@@ -48,7 +55,7 @@ class Scene:
         }
 
     def run(self, words: list[str], *more: str) -> None:
-        subprocess.run([*RUN, *words, *more], check=True, capture_output=True)
+        subprocess.run([*RUN, *words, *more], check=True, capture_output=True, env=ENV)
 
     def kill(self, name: str, way: str, rng: random.Random, longest: float) -> str:
         """One kill; what is wrong afterwards, in words, or nothing."""
@@ -56,7 +63,7 @@ class Scene:
         target = self.folder / "out" / file
         old = digest(target)
         call = [*RUN, *words, str(target)]
-        process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
         wait_for_main(process.pid)
         time.sleep(rng.random() * longest)
         process.send_signal({"TERM": signal.SIGTERM, "KILL": signal.SIGKILL}.get(way, signal.SIGINT))
@@ -65,7 +72,7 @@ class Scene:
             process.send_signal(signal.SIGINT)
         _, err = process.communicate()
         new = digest(target)
-        allowed = (0, 130, -signal.SIGKILL) if way == "KILL" else (0, 2, 130)  # 2: apply does not overwrite
+        allowed = (0, 2, -signal.SIGKILL if way == "KILL" else 130)  # 2: a folder is not overwritten
         if process.returncode not in allowed:
             return f"{name} {way}: status {process.returncode}: {err[-300:]}"
         if "Traceback" in err:

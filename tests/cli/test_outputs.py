@@ -90,12 +90,14 @@ def test_no_output_is_an_input(call: Any, model: Path, tmp_path: Path) -> None:
         ("verify", "s.yaml", "--dump", "s.yaml"),
         ("verify", "s.yaml", "--dump", "linked.npz"),
     ):
-        before = digest(tmp_path / "text") + digest(tmp_path / "patch") + digest(tmp_path / "s.yaml") + digest(model)
+        before = (
+            (tmp_path / "text").read_text() + digest(tmp_path / "patch") + digest(tmp_path / "s.yaml") + digest(model)
+        )
         status, _, err = call(*words)
         assert status == 2 and "is read" in err, (words, err)
-        assert before == digest(tmp_path / "text") + digest(tmp_path / "patch") + digest(tmp_path / "s.yaml") + digest(
-            model
-        )
+        assert before == (tmp_path / "text").read_text() + digest(tmp_path / "patch") + digest(
+            tmp_path / "s.yaml"
+        ) + digest(model)
 
 
 def test_another_place_is_fine(call: Any, model: Path, tmp_path: Path) -> None:
@@ -241,6 +243,17 @@ def test_an_interruption_while_importing(tmp_path: Path) -> None:
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
         done = subprocess.run([*RUN, "list"], capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
         assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written\n")
+
+
+def test_an_interruption_where_nothing_can_be_raised(tmp_path: Path) -> None:
+    """Python drops what is raised in a destructor; the command must still end, and say so in one line."""
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\nclass Last:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.01)\nLast()\ntime.sleep(20)\nraise SystemExit(3)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*RUN, "list"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written\n")
 
 
 def test_a_fault_is_one_message(tmp_path: Path) -> None:

@@ -494,9 +494,7 @@ def test_bad_input_ends_in_one_message(cli: CommandLine, checkpoint: Path, words
 
 
 def test_a_folder_that_transformers_cannot_load(cli: CommandLine, checkpoint: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
     (broken / "config.json").write_text('{"model_type": "unheard-of"}')
     assert "transformers cannot load" in cli.refused("generate", "--model", broken, "--prompt", "w1 w2", "--json")
 
