@@ -129,6 +129,7 @@ def test_bfloat16(backend: str, measured: Measured) -> None:
 
 REFUSED = {
     "other_weights": "the patch was made for other weights",
+    "other_embedding": "the digest of its variables differs",
     "other_family": "the patch was made for Llama3Backbone, this model (mistral_causal_lm",
     "other_shape": "has the shape (32, 48), llama3_causal_lm",
     "factored": "merge=True",
@@ -151,3 +152,9 @@ def test_what_cannot_be_done_is_said(backend: str, case: str, measured: Measured
     found = measured(backend, "refusals:Llama3")
     assert REFUSED[case] in found["messages"][case]
     assert found["untouched"]
+
+
+@every_backend
+def test_on_other_weights_nothing_is_claimed(backend: str, measured: Measured) -> None:
+    exact, validity = measured(backend, "refusals:Llama3")["claim"]
+    assert exact is False and validity.startswith("not proved on these weights")

@@ -271,7 +271,9 @@ def check_refusals(family: str, folder: Path) -> dict[str, Any]:
         backbone=keras_hub.models.GPT2Backbone(61, 1, 2, 16, 24, max_sequence_length=32), preprocessor=None
     )
     plain = keras.Sequential([keras.layers.Dense(3)])
-    odd = build(family, **few)
+    odd, elsewhere = build(family, **few), build(family, **few)
+    table = elsewhere.backbone.token_embedding.embeddings
+    table.assign(table * 1.01)
 
     def silu(x: Any) -> Any:
         return keras.ops.relu(x)
@@ -281,6 +283,7 @@ def check_refusals(family: str, folder: Path) -> dict[str, Any]:
     quantised.quantize("int8")
     wrong = {
         "other_weights": lambda: patch.apply(other),
+        "other_embedding": lambda: patch.apply(elsewhere),
         "other_family": lambda: patch.apply(foreign),
         "other_shape": lambda: patch.apply(narrow),
         "factored": lambda: patch.apply(model, merge=False),
@@ -295,7 +298,9 @@ def check_refusals(family: str, folder: Path) -> dict[str, Any]:
         "quantised": lambda: bk.check(quantised),
     }
     messages = {name: message(refused) for name, refused in wrong.items()}
-    return {"messages": messages, "untouched": all_bytes(model) == before}
+    with patch.applied(elsewhere, allow_other_weights=True) as receipt:
+        claim = receipt.exact, receipt.validity
+    return {"messages": messages, "untouched": all_bytes(model) == before, "claim": claim}
 
 
 def main(folder: Path, checks: list[str]) -> None:
