@@ -8,8 +8,14 @@
     print(bk.check(block))
     print(bk.plan(block, strategy="paper"))
 
-Nothing heavy is imported here; frameworks only where a backend is asked for.
+    patch = bk.absorb(model, tokenizer, "the context", " a query")      # or a name: bk.absorb("gemma3-270m", ...)
+
+Nothing heavy is imported here; frameworks only where a backend is asked for. `absorb`, `generate`, `export` and
+`Session` are imported when they are first used.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .api import check, explain, load, plan, replace_constants, schema
 from .comparison import compare
@@ -50,6 +56,12 @@ from .planner.controls import controls
 from .planner.plan import Plan
 from .planner.verdict import Verdict
 from .trials.verify import Verification, verify
+from .views import notebook
+from .views.picture import Picture, draw
+
+if TYPE_CHECKING:
+    from .jobs import absorb, export, generate
+    from .session import Session
 
 __version__ = "0.1.0"
 
@@ -84,6 +96,7 @@ __all__ = [
     "Operation",
     "Parameter",
     "Patch",
+    "Picture",
     "Plan",
     "Product",
     "QKNorm",
@@ -91,16 +104,21 @@ __all__ = [
     "RelativeBiasSettings",
     "RopeSettings",
     "Scale",
+    "Session",
     "Signal",
     "Slice",
     "Softcap",
     "Softmax",
     "Verdict",
     "Verification",
+    "absorb",
     "check",
     "compare",
     "controls",
+    "draw",
     "explain",
+    "export",
+    "generate",
     "load",
     "plan",
     "replace_constants",
@@ -109,3 +127,18 @@ __all__ = [
     "stream",
     "verify",
 ]
+
+_LATE = {"Session": "session", "absorb": "jobs", "export": "jobs", "generate": "jobs"}
+
+notebook.register()
+
+
+def __getattr__(name: str) -> Any:
+    """The names that are imported when they are first used."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,6 +18,7 @@ from .absorbing.measure import Reference, measure
 from .absorbing.request import Request
 from .checkpoint.model import open_checkpoint
 from .checkpoint.tokenizer import load_tokenizer
+from .display import tagged
 from .patch.patch import Patch
 from .progress import Progress, silent
 
@@ -30,6 +31,12 @@ class Result:
     reference: Reference
     patch: Patch
     seconds: dict[str, float]
+
+    def __repr__(self) -> str:
+        without, floor = self.reference.unpatched.linf, self.reference.floor.linf
+        return tagged(
+            self, f"largest error {self.absorbed.measured.linf:.2g}, no patch {without:.2g}, floor {floor:.2g}"
+        )
 
 
 class Session:
@@ -57,6 +64,9 @@ class Session:
         report(f"loading the weights ({self.backend}, {dtype})", 0.0)
         self.executor = open_executor(self.model, self.backend, dtype)
         self.seconds = {"load": time.perf_counter() - start}
+
+    def __repr__(self) -> str:
+        return tagged(self, f"{self.model.architecture.name} on {self.backend}, {self.dtype}")
 
     def absorb(
         self,

@@ -116,7 +116,9 @@ def check(patch: Patch, model: Any) -> None:
             raise BadInput(
                 f"the patch's change of {name} has the shape {shape}, {model.name}'s is {stored[name].shape}"
             )
-    if fingerprint(model, stored, patch.changes)["weights"] != patch.made_for.get("weights"):
+    if missing := [name for name in patch.fingerprinted if name not in stored]:
+        raise BadInput(f"the patch was made for a model with {missing[0]}, which this one ({model.name}) has not")
+    if fingerprint(model, stored, patch.fingerprinted)["weights"] != patch.made_for.get("weights"):
         raise BadInput(
             f"the patch was made for other weights than {model.name} has now: the hash of the weights that it changes "
             "differs (is it, or another patch, on the model already?)"

@@ -9,9 +9,9 @@ with patch.applied(model):
 
 from .absorbing.absorb import absorb
 from .blocks.traced import trace
-from .editing.in_place import in_place
 from .editing.patch import TorchPatch as Patch
 from .generating.decoding import Sampling
 from .generating.generate import generate
+from .in_place import in_place
 
 __all__ = ["Patch", "Sampling", "absorb", "generate", "in_place", "trace"]

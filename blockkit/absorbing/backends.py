@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
@@ -19,10 +20,10 @@ def backends() -> tuple[str, ...]:
 
 
 def default_backend() -> str:
-    """The first of jax, torch and tensorflow that is installed with Keras; else numpy."""
+    """What KERAS_BACKEND says; else the first of jax, torch and tensorflow that is installed with Keras; else numpy."""
     if find_spec("keras") is not None:
-        for name in PREFERRED:
-            if find_spec(name) is not None:
+        for name in dict.fromkeys((os.environ.get("KERAS_BACKEND", ""), *PREFERRED)):
+            if name in PREFERRED and find_spec(name) is not None:
                 return name
     return "numpy"
 

@@ -147,7 +147,7 @@ def generate(
         require("matplotlib")
 
     with progress() as report:
-        run = generation.Run(model, text, settings, report)
+        run = generation.Run.open(model, text, settings, report)
         if as_json:
             for number, _ in enumerate(run, 1):
                 report("generating", number / max_new_tokens)

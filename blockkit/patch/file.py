@@ -28,6 +28,7 @@ FACTS = {
 }
 MORE_FACTS = {  # may be absent
     "batch": int, "padding": list, "positions": list, "transposed": list, "tensors": dict, "merged": bool,
+    "whole": list,
 }  # fmt: skip
 
 
@@ -101,12 +102,16 @@ def _facts(text: str) -> dict[str, Any]:
         raise ValueError(f"dtype is {facts['dtype']!r:.40}")
     if facts["tokens"] not in MODES or facts["context_length"] < 1 or not facts["query"]:
         raise ValueError("tokens, context_length or query is out of range")
-    if not all(type(v) is str for v in (*facts.get("transposed", ()), *facts.get("tensors", {}).values())):
-        raise ValueError("transposed or tensors holds what is no name")
+    if not all(type(v) is str for v in (*_names(facts), *facts.get("tensors", {}).values())):
+        raise ValueError("transposed, whole or tensors holds what is no name")
     whole = {k: _integers(k, facts[k]) for k in ("query", "padding", "positions") if k in facts}
     _require_batch(whole, facts.get("batch", 1))
-    names = {"transposed": tuple(facts["transposed"])} if "transposed" in facts else {}
+    names = {key: tuple(facts[key]) for key in ("transposed", "whole") if key in facts}
     return {**facts, **whole, **names}
+
+
+def _names(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*facts.get("transposed", ()), *facts.get("whole", ()))
 
 
 def _integers(name: str, values: list[Any]) -> tuple[int, ...]:
@@ -139,6 +144,8 @@ def _require_fitting(facts: Mapping[str, Any], changes: Mapping[str, Change]) ->
             raise ValueError(f"the change of {slot} is not what a patch of its kind holds")
     if unknown := [s for s in (*facts.get("transposed", ()), *facts.get("tensors", {})) if s not in changes]:
         raise ValueError(f"{unknown[0]} does not change")
+    if "whole" in facts and not changes.keys() < set(facts["whole"]):
+        raise ValueError("it changes what the patch that it is a part of does not")
 
 
 # -- changes -----------------------------------------------------------------------------------------

@@ -6,20 +6,24 @@ weights it was made for, for which tokens it is exact, and what error was measur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ..checkpoint.folder import write_folder
 from ..checkpoint.model import Model, stored_name
+from ..display import figure, tagged
 from ..errors import BadInput, BlockkitError
 from ..graph.changes import Change, dense, narrowed, shape_of
+from ..graph.graph import Globs, globs, listed
 from .file import read_patch, write_patch
 from .in_place import Receipt, backend_of
+from .table import Table, layer_of, table_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,7 @@ class Patch:
             else; None where the slots are the model's own names.
         merged: whether it was solved, and measured, for changes rounded into the weights; if not, for changes kept
             beside them as factors.
+        whole: of a part of a patch (see `subset`), the slots of the patch that it was taken from; else empty.
     """
 
     changes: Mapping[str, Change]
@@ -65,7 +70,15 @@ class Patch:
     transposed: tuple[str, ...] = ()
     tensors: Mapping[str, str] | None = None
     merged: bool = True
+    whole: tuple[str, ...] = ()
     source: str = field(default="", compare=False)
+
+    def __repr__(self) -> str:
+        error = f", linf {self.measured['linf']:.2g}" if "linf" in self.measured else ""
+        return tagged(self, f"{len(self.changes)} changed parameter(s), {self.strategy}; {self.validity}{error}")
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     @property
     def query_ids(self) -> np.ndarray:
@@ -99,9 +112,61 @@ class Patch:
         served = {"last": "the last token", "each": "every token, each with its own patch", "all": "every token"}
         real = self.position_ids[self.attention_mask == 1]
         where = f"{len(self.query) // self.batch} token(s), at positions {real.min()} to {real.max()}"
-        if self.batch == 1:
-            return f"exact for {served[self.tokens]} of one query of {where}"
-        return f"exact for {served[self.tokens]} of each of {self.batch} queries of up to {where}"
+        queries = f"one query of {where}" if self.batch == 1 else f"each of {self.batch} queries of up to {where}"
+        exact = f"exact for {served[self.tokens]} of {queries}"
+        if self.whole:
+            return f"not exact: {len(self.changes)} of the {len(self.whole)} changes of a patch that was {exact}"
+        return exact
+
+    @property
+    def fingerprinted(self) -> tuple[str, ...]:
+        """The slots whose weights `made_for` tells: those that change, or changed in the patch this is a part of."""
+        return self.whole or tuple(self.changes)
+
+    def table(self) -> Table:
+        """What changes, a row for each parameter: layer, shape, rank, norm, and how much rounding is amplified."""
+        return table_of(self.changes, self.validity)
+
+    def plot(self) -> Any:
+        """Norm and rank of the changes over the layers, as a `matplotlib.figure.Figure`.
+
+        Raises:
+            MissingDependency: `matplotlib` is not installed.
+        """
+        return figure(self)
+
+    def subset(self, layers: int | Iterable[int] | None = None, parameters: Globs = ()) -> Self:
+        """The part of the patch that changes some layers or parameters only, as for an ablation.
+
+        A part is not exact: nothing was measured for it, and `validity` says so. The model it fits is the same.
+
+        Args:
+            layers: numbers of layers (one alone will do), as `table` shows them; None for all.
+            parameters: globs of slots, as `*.down_proj`; empty for all.
+
+        Raises:
+            BadInput: a layer that the patch does not change, a glob that matches nothing, or nothing is left.
+        """
+        patterns = globs("parameters", parameters)
+        chosen = _chosen_layers(self.changes, layers)
+        for pattern in patterns:
+            if not any(fnmatchcase(slot, pattern) for slot in self.changes):
+                raise BadInput(f"{pattern!r:.80} matches none of the changes; there are {listed(self.changes)}")
+        kept = {
+            slot: change
+            for slot, change in self.changes.items()
+            if (chosen is None or layer_of(slot) in chosen)
+            and (not patterns or any(fnmatchcase(slot, p) for p in patterns))
+        }
+        if not kept:
+            raise BadInput("no change is in those layers and matches those globs; there would be nothing to apply")
+        if len(kept) == len(self.changes):
+            return self
+        return replace(
+            self, changes=kept, measured={}, whole=self.fingerprinted, source="",
+            transposed=tuple(slot for slot in self.transposed if slot in kept),
+            tensors=None if self.tensors is None else {s: t for s, t in self.tensors.items() if s in kept},
+        )  # fmt: skip
 
     @staticmethod
     def of(absorbed: Any, model: Model, dtype: str) -> Patch:
@@ -143,6 +208,7 @@ class Patch:
             "batch": self.batch if self.batch > 1 else None, "padding": list(self.padding) or None,
             "positions": list(self.positions) or None, "transposed": list(self.transposed) or None,
             "tensors": None if self.tensors is None else dict(self.tensors), "merged": None if self.merged else False,
+            "whole": list(self.whole) or None,
         }  # fmt: skip
         write_patch(Path(path), facts | {k: v for k, v in more.items() if v is not None}, self.validity, self.changes)
 
@@ -213,7 +279,9 @@ class Patch:
             mine_shape, its_shape = shape_of(change), model.parameter(slot).shape
             if mine_shape != its_shape:
                 raise BadInput(f"the patch's change of {slot} has the shape {mine_shape}, this model's is {its_shape}")
-        found = model.fingerprint(list(self.changes))
+        if missing := [slot for slot in self.fingerprinted if slot not in model.parts]:
+            raise BadInput(f"the patch was made for a model with {missing[0]}, which {model.folder.path} has not")
+        found = model.fingerprint(list(self.fingerprinted))
         if found["weights"] != self.made_for.get("weights"):
             raise BadInput(
                 f"the patch was made for other weights than those in {model.folder.path}: "
@@ -241,3 +309,13 @@ class Patch:
         self.check(model)
         merged = {slot: dense(model.parameter(slot), change) for slot, change in self.changes.items()}
         write_folder(model.folder, out, model.rewritten(merged))
+
+
+def _chosen_layers(changes: Mapping[str, Change], layers: int | Iterable[int] | None) -> frozenset[int] | None:
+    if layers is None:
+        return None
+    found = frozenset((layers,) if isinstance(layers, int) else layers if isinstance(layers, Iterable) else (layers,))
+    known = sorted({n for n in map(layer_of, changes) if n is not None})
+    if strange := [n for n in found if type(n) is not int or n not in known]:
+        raise BadInput(f"layers holds {strange[0]!r:.40}; the patch changes {', '.join(map(str, known)) or 'no layer'}")
+    return found

@@ -101,7 +101,7 @@ def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:
         require_plain(slot)
         require_fit(slot, patch.changes[name], name in patch.transposed)
     require_untied(model, slots.values())
-    its = fingerprint(model, patch.changes)
+    its = fingerprint(model, patch.fingerprinted)
     made_for = patch.made_for
     if made_for.get("architecture") != its["architecture"]:
         raise BadInput(
