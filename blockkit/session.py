@@ -8,6 +8,7 @@ result.patch.save("patch.safetensors")
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,9 +85,25 @@ class Session:
             BadInput: an empty text, or one longer than the model's window.
             NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.absorbing.algorithm.absorb`.
         """
-        report = progress or silent
         ids = self.tokenizer.encode(context, special=True), self.tokenizer.encode(query, special=False)
-        request = Request(np.array(ids[0], int), np.array(ids[1], int), tokens)
+        return self.absorb_ids(*ids, tokens, strategy, progress)
+
+    def absorb_ids(
+        self,
+        context: Sequence[int],
+        query: Sequence[int],
+        tokens: str = "last",
+        strategy: str | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """The same for token ids `[n]` and `[q]`.
+
+        Raises:
+            BadInput: no ids, or more than the model's window has room for.
+            NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.absorbing.algorithm.absorb`.
+        """
+        report = progress or silent
+        request = Request(np.array(context, int), np.array(query, int), tokens)
         absorbed = absorb(self.executor, request, strategy, report)
         start = time.perf_counter()
         report("measuring the unpatched model and the recompute floor", 0.0)

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from blockkit import Patch
-from blockkit.session import Session
+from blockkit import Session
 
 CONTEXT = "The harbour master's dog is called Biscuit. Everyone in the village knows Biscuit."
 QUERY = " The dog's name is"

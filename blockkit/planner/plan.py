@@ -57,7 +57,7 @@ class Plan:
     __repr__ = short
 
     def __str__(self) -> str:
-        parts = [plan._page() for plan in self.all]
+        parts = [plan._page(bool(self.others)) for plan in self.all]
         return "\n".join([*parts, *legend(c for plan in self.all for c in plan.route.conditions)])
 
     @property
@@ -65,10 +65,9 @@ class Plan:
         """This plan and those of the model's other kinds of blocks."""
         return (self, *self.others)
 
-    @property
-    def title(self) -> str:
-        """The strategy, and what its plan costs; with the block's kind, where there are several."""
-        where = f" of kind {'/'.join(self.blocks)}" if len(self.blocks) > 1 or self.others else ""
+    def title(self, several: bool = False) -> str:
+        """The strategy, and what its plan costs; with the block's kind, where there are `several`."""
+        where = f" of kind {'/'.join(self.blocks)}" if several else ""
         return f"strategy {self.strategy}: {self.numbers_stored} numbers stored for a block{where}"
 
     def _repr_html_(self) -> str:
@@ -79,14 +78,14 @@ class Plan:
                 (n, s.parameter, s.shape, s.rank or "-", s.formula, s.law, "; ".join(s.conditions), s.source)
                 for n, s in enumerate(plan.steps, 1)
             ]
-            tables.append(table(plan.title, head, rows, legend(plan.route.conditions)))
+            tables.append(table(plan.title(bool(self.others)), head, rows, legend(plan.route.conditions)))
         return "".join(tables)
 
     def _repr_svg_(self) -> str | None:
         return picture(self)
 
-    def _page(self) -> str:
-        lines = [self.title]
+    def _page(self, several: bool) -> str:
+        lines = [self.title(several)]
         for number, step in enumerate(self.steps, 1):
             lines.append(f"  {number}. {step.formula}")
             rank = f", rank {step.rank}" if step.rank else ""
