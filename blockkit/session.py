@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .absorbing.algorithm import Absorbed, absorb
-from .absorbing.backends import default_backend, open_executor
+from .absorbing.backends import open_executor, running_backend
 from .absorbing.measure import Reference, measure
 from .absorbing.request import Request
 from .checkpoint.model import open_checkpoint
@@ -45,8 +45,8 @@ class Session:
 
     Args:
         model: `gemma3-270m`, a `.gguf` file or a Hugging Face folder.
-        backend: `numpy`, `jax`, `tensorflow` or `torch`; None for the first that is installed. For the last
-            three, Python must have been started with KERAS_BACKEND set to it.
+        backend: `numpy`, `jax`, `tensorflow` or `torch`; None for the one that Keras runs on or KERAS_BACKEND names,
+            else numpy. For the last three, KERAS_BACKEND must have been set to it before Keras was imported.
         dtype: `float32`, `float64` or `bfloat16`, as far as the backend has it.
 
     Raises:
@@ -59,7 +59,7 @@ class Session:
     ) -> None:
         report = progress or silent
         start = time.perf_counter()
-        self.backend, self.dtype = default_backend() if backend is None else backend, dtype
+        self.backend, self.dtype = running_backend() if backend is None else backend, dtype
         self.model = open_checkpoint(model, report)
         self.tokenizer = load_tokenizer(self.model.folder.path)
         report(f"loading the weights ({self.backend}, {dtype})", 0.0)

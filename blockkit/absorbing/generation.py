@@ -17,6 +17,7 @@ from ..checkpoint.cache import resolve_model
 from ..checkpoint.tokenizer import load_tokenizer
 from ..display import tagged
 from ..errors import BadInput, MissingDependency
+from ..extras import reason
 from ..progress import Progress
 from .metrics import Comparison
 from .sampling import Sampling
@@ -255,7 +256,7 @@ def _opener() -> Opener:
     try:
         return found[0].load()
     except (IndexError, ImportError) as error:
-        why = error if found else f"nothing is registered as {GROUP}"
+        why = reason(error) if found else f"nothing is registered as {GROUP}"
         raise MissingDependency(
             f'generating needs PyTorch and transformers ({why}). Install: pip install "blockkit-patch[inplace]"'
         ) from None

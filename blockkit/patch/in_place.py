@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from ..absorbing.generation import Experiment, Settings
 from ..display import short
 from ..errors import BadInput, MissingDependency
+from ..extras import reason
 from ..graph.graph import Graph
 
 GROUP = "blockkit.in_place"
@@ -167,6 +168,7 @@ def _loaded(entry: EntryPoint) -> InPlace[Any]:
     except ImportError as error:
         package = entry.dist.name if entry.dist is not None else entry.module
         raise MissingDependency(
-            f"the {entry.name} backend for models in memory cannot be imported ({error}); it comes from {package}"
+            f"the {entry.name} backend for models in memory cannot be imported ({reason(error)}); it comes from {package}. "
+            f'Install what it needs with: pip install "{package}[all]"'
         ) from None
     return backend
