@@ -168,7 +168,7 @@ def _loaded(entry: EntryPoint) -> InPlace[Any]:
     except ImportError as error:
         package = entry.dist.name if entry.dist is not None else entry.module
         raise MissingDependency(
-            f"the {entry.name} backend for models in memory cannot be imported ({reason(error)}); it comes from {package}. "
-            f'Install what it needs with: pip install "{package}[all]"'
+            f"the {entry.name} backend for models in memory cannot be imported ({reason(error)}); it comes from "
+            f'{package}. Install what it needs with: pip install "{package}[all]"'
         ) from None
     return backend
