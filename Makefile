@@ -8,14 +8,14 @@ TEST := .venv
 EXTRAS := gemma$(if $(filter-out numpy,$(BACKEND)),$(comma)$(BACKEND))
 PIP_QUIET := -m pip install --quiet --disable-pip-version-check
 SCRIPT := PYTHONPATH=tests/support $(TEST)/bin/python tests/figures
-PERIODIC := figures families table bench bench-in-place scale attack zoo generation
+PERIODIC := figures elsewhere families table bench bench-in-place scale attack zoo generation versions fuzz kill
 
-.PHONY: demo test lint check-all clean help $(PERIODIC)
+.PHONY: demo test lint docs check-all clean help $(PERIODIC)
 
 help:
 	@sed -n 1p Makefile
 	@echo "BACKEND=jax make demo runs it on JAX (or tensorflow, torch); PYTHON=python3.13 make test uses another Python"
-	@echo "also: make lint, make clean; each of these makes one table: $(PERIODIC)"
+	@echo "also: make lint, make docs (the handbook, into build/site), make clean; each of these makes one table: $(PERIODIC)"
 	@echo "make check-all runs everything that is named here (hours)"
 
 demo: $(DEMO)/.ready-$(BACKEND)
@@ -31,34 +31,47 @@ lint: $(TEST)/.ready
 	$(TEST)/bin/mypy backends
 	$(TEST)/bin/lint-imports
 
+docs: $(TEST)/.ready
+	NO_MKDOCS_2_WARNING=1 $(TEST)/bin/mkdocs build --strict --quiet -f examples/mkdocs.yml
+	@echo "the handbook: build/site/index.html"
+
 figures: $(TEST)/.ready
-	$(SCRIPT)/figures.py
+	$(SCRIPT)/figures.py --write
 
 table: $(TEST)/.ready
 	$(SCRIPT)/tables.py --write
 
+elsewhere: $(TEST)/.ready
+	$(SCRIPT)/elsewhere.py --write
+
 families: $(TEST)/.ready
-	$(SCRIPT)/family_figures.py
+	$(SCRIPT)/family_figures.py --write
 
 bench: $(TEST)/.ready
-	$(SCRIPT)/bench.py
+	$(SCRIPT)/bench.py --write
 
 bench-in-place: $(TEST)/.ready
 	$(SCRIPT)/bench_in_place.py --write
 
 scale: $(TEST)/.ready
-	$(SCRIPT)/bench_scale.py
+	$(SCRIPT)/bench_scale.py --write
 
 attack: $(TEST)/.ready
-	$(SCRIPT)/attack_figures.py
+	$(SCRIPT)/attack_figures.py --write
 
 zoo: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/zoo.py --jobs 2 --write
 
+fuzz: $(TEST)/.ready
+	$(TEST)/bin/python tests/fuzz/run.py
+
+kill: $(TEST)/.ready
+	$(TEST)/bin/python tests/cli/killing.py
+
 generation: $(TEST)/.ready
 	OMP_NUM_THREADS=1 $(SCRIPT)/generation_figures.py --write
 
-check-all: test lint
+check-all: test lint docs
 	for backend in numpy jax tensorflow torch; do $(MAKE) demo BACKEND=$$backend || exit 1; done
 	for target in $(PERIODIC); do $(MAKE) $$target || exit 1; done
 

@@ -10,58 +10,57 @@
 
     patch = bk.absorb(model, tokenizer, "the context", " a query")      # or a name: bk.absorb("gemma3-270m", ...)
 
-Nothing heavy is imported here; frameworks only where a backend is asked for. `absorb`, `generate`, `export` and
-`Session` are imported when they are first used.
+Nothing is imported here before it is asked for; frameworks only where a backend is.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .api import check, explain, load, plan, replace_constants, schema
-from .comparison import compare
-from .design.architecture import Architecture, Block, Embedding, Head, Layers
-from .design.components import (
-    MLP,
-    Activation,
-    Add,
-    Attention,
-    Bias,
-    Component,
-    Concat,
-    CrossAttention,
-    Gain,
-    GatedMLP,
-    LatentAttention,
-    LayerNorm,
-    Linear,
-    Mixer,
-    Operation,
-    Product,
-    QKNorm,
-    RelativeBiasSettings,
-    RMSNorm,
-    RopeSettings,
-    Scale,
-    Signal,
-    Slice,
-    Softcap,
-    Softmax,
-    stream,
-)
-from .errors import BadInput, BlockkitError, ConditionViolated, ExactnessLost, MissingDependency, NotPatchable
-from .graph.graph import Graph, Node, Parameter
-from .graph.ops.declaration import solves
-from .patch.patch import Patch
-from .planner.controls import controls
-from .planner.plan import Plan
-from .planner.verdict import Verdict
-from .trials.verify import Verification, verify
-from .views import notebook
-from .views.picture import Picture, draw
+from . import display
 
 if TYPE_CHECKING:
+    from .api import check, explain, load, plan, replace_constants, schema
+    from .comparison import compare
+    from .design.architecture import Architecture, Block, Embedding, Head, Layers
+    from .design.components import (
+        MLP,
+        Activation,
+        Add,
+        Attention,
+        Bias,
+        Component,
+        Concat,
+        CrossAttention,
+        Gain,
+        GatedMLP,
+        LatentAttention,
+        LayerNorm,
+        Linear,
+        Mixer,
+        Operation,
+        Product,
+        QKNorm,
+        RelativeBiasSettings,
+        RMSNorm,
+        RopeSettings,
+        Scale,
+        Signal,
+        Slice,
+        Softcap,
+        Softmax,
+        stream,
+    )
+    from .errors import BadInput, BlockkitError, ConditionViolated, ExactnessLost, MissingDependency, NotPatchable
+    from .graph.graph import Graph, Node, Parameter
+    from .graph.ops.declaration import solves
     from .jobs import absorb, export, generate
+    from .patch.patch import Patch
+    from .planner.controls import controls
+    from .planner.plan import Plan
+    from .planner.verdict import Verdict
     from .session import Session
+    from .trials.verify import Verification, verify
+    from .views.picture import Picture, draw
 
 __version__ = "0.1.0"
 
@@ -128,16 +127,39 @@ __all__ = [
     "verify",
 ]
 
-_LATE = {"Session": "session", "absorb": "jobs", "export": "jobs", "generate": "jobs"}
+_MODULES = {
+    "api": "check explain load plan replace_constants schema",
+    "comparison": "compare",
+    "design.architecture": "Architecture Block Embedding Head Layers",
+    "design.components": (
+        "MLP Activation Add Attention Bias Component Concat CrossAttention Gain GatedMLP LatentAttention LayerNorm "
+        "Linear Mixer Operation Product QKNorm RelativeBiasSettings RMSNorm RopeSettings Scale Signal Slice Softcap "
+        "Softmax stream"
+    ),
+    "errors": "BadInput BlockkitError ConditionViolated ExactnessLost MissingDependency NotPatchable",
+    "graph.graph": "Graph Node Parameter",
+    "graph.ops.declaration": "solves",
+    "patch.patch": "Patch",
+    "planner.controls": "controls",
+    "planner.plan": "Plan",
+    "planner.verdict": "Verdict",
+    "jobs": "absorb export generate",
+    "session": "Session",
+    "trials.verify": "Verification verify",
+    "views.picture": "Picture draw",
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-notebook.register()
+
+display.when_asked(lambda: import_module(".views.notebook", __name__).register())
 
 
 def __getattr__(name: str) -> Any:
-    """The names that are imported when they are first used."""
-    if name not in _LATE:
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LATE[name]}", __name__), name)
+    value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,11 +1,11 @@
 """How objects show themselves: a short `repr`, an HTML table, and pictures that rooms further up know how to draw.
 
-Plain text only. `picture` and `figure` are registered by `blockkit.views.notebook` for the types that have one.
+Plain text only. What draws and plots stands in a room above and is registered when a picture is first asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import singledispatch
 from html import escape
 from typing import Any
@@ -46,17 +46,42 @@ def _row(tag: str, row: Sequence[Any]) -> str:
     return "<tr>" + "".join(f'<{tag} style="text-align:left">{escape(str(c))}</{tag}>' for c in row) + "</tr>"
 
 
-@singledispatch
 def picture(value: object) -> str | None:
     """The value drawn, as the text of an SVG file; None where it cannot be drawn."""
-    return None
+    _register()
+    return drawer(value)
 
 
-@singledispatch
 def figure(value: object) -> Any:
     """The value plotted, as a `matplotlib.figure.Figure`.
 
     Raises:
         MissingDependency: `matplotlib` is not installed.
     """
+    _register()
+    return plotter(value)
+
+
+@singledispatch
+def drawer(value: object) -> str | None:
+    """How `picture` draws; types that have a picture are registered here."""
+    return None
+
+
+@singledispatch
+def plotter(value: object) -> Any:
+    """How `figure` plots; types that have a plot are registered here."""
     raise TypeError(f"there is no plot of a {type(value).__name__}")
+
+
+def when_asked(register: Callable[[], None]) -> None:
+    """What is called once, before the first picture or plot: a room above registers then, and is loaded no sooner."""
+    _waiting.append(register)
+
+
+_waiting: list[Callable[[], None]] = []
+
+
+def _register() -> None:
+    while _waiting:
+        _waiting.pop()()

@@ -17,6 +17,7 @@ from .absorbing.algorithm import Absorbed, absorb
 from .absorbing.backends import open_executor, running_backend
 from .absorbing.measure import Reference, measure
 from .absorbing.request import Request
+from .absorbing.written import promised
 from .checkpoint.model import open_checkpoint
 from .checkpoint.tokenizer import load_tokenizer
 from .display import tagged
@@ -108,5 +109,6 @@ class Session:
         start = time.perf_counter()
         report("measuring the unpatched model and the recompute floor", 0.0)
         reference = measure(self.executor, absorbed)
+        promise = promised(self.model, absorbed, self.dtype, reference.floor.linf)
         seconds = {**self.seconds, **absorbed.seconds, "measure": time.perf_counter() - start}
-        return Result(absorbed, reference, Patch.of(absorbed, self.model, self.dtype), seconds)
+        return Result(absorbed, reference, Patch.of(absorbed, self.model, self.dtype, promise), seconds)

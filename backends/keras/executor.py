@@ -48,15 +48,27 @@ def _open(model: Model, dtype: str, backend: str) -> Executor:
 
 
 def open_jax(model: Model, dtype: str = "float32") -> Executor:
-    """A model on disk, on Keras with JAX."""
+    """A model on disk, on Keras with JAX; weights and activations in `dtype`.
+
+    Raises:
+        BadInput: Keras was imported with another backend, or has no such dtype.
+    """
     return _open(model, dtype, "jax")
 
 
 def open_tensorflow(model: Model, dtype: str = "float32") -> Executor:
-    """A model on disk, on Keras with TensorFlow."""
+    """A model on disk, on Keras with TensorFlow; weights and activations in `dtype`.
+
+    Raises:
+        BadInput: Keras was imported with another backend, or has no such dtype.
+    """
     return _open(model, dtype, "tensorflow")
 
 
 def open_torch(model: Model, dtype: str = "float32") -> Executor:
-    """A model on disk, on Keras with PyTorch."""
+    """A model on disk, on Keras with PyTorch; weights and activations in `dtype`.
+
+    Raises:
+        BadInput: Keras was imported with another backend, or has no such dtype.
+    """
     return _open(model, dtype, "torch")

@@ -171,7 +171,7 @@ def _patch(model: Any, executor: Executor, absorbed: Absorbed) -> Patch:
     changed = {of[slot]: stored[slot] for slot in slots}
     return Patch(
         {of[slot]: change for slot, change in slots.items()},
-        hub_editing.fingerprint(model, changed, changed),
+        hub_editing.fingerprint(model),
         ", ".join(sorted({p.strategy for p in absorbed.plans.values()})),
         request.tokens,
         len(request.context),
@@ -206,8 +206,8 @@ class _KerasHub:
     def check(self, patch: Patch, model: Any) -> None:
         hub_editing.check(patch, model)
 
-    def apply(self, patch: Patch, model: Any, merge: bool) -> Receipt:
-        return hub_editing.apply(patch, model, merge)
+    def apply(self, patch: Patch, model: Any, merge: bool, allow_other_weights: bool = False) -> Receipt:
+        return hub_editing.apply(patch, model, merge, allow_other_weights)
 
     def remove(self, patch: Patch, model: Any) -> None:
         hub_editing.remove(patch, model)

@@ -17,7 +17,8 @@ from blockkit.graph.graph import Graph
 from blockkit.patch.in_place import Receipt
 from blockkit.patch.patch import Patch
 
-from .absorbing.absorb import absorb, model_dtype
+from .absorbing.absorb import absorb
+from .absorbing.run import model_dtype
 from .blocks.traced import trace
 from .calling.interface import device_of
 from .editing import editor as editing
@@ -52,9 +53,9 @@ class TorchInPlace:
         """See `blockkit.patch.in_place.InPlace.check`."""
         editing.check(patch, model)
 
-    def apply(self, patch: Patch, model: Any, merge: bool) -> Receipt:
+    def apply(self, patch: Patch, model: Any, merge: bool, allow_other_weights: bool = False) -> Receipt:
         """See `blockkit.patch.in_place.InPlace.apply`."""
-        return editing.apply(patch, model, merge)
+        return editing.apply(patch, model, merge, allow_other_weights)
 
     def remove(self, patch: Patch, model: Any) -> None:
         """See `blockkit.patch.in_place.InPlace.remove`."""

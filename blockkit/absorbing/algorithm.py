@@ -38,6 +38,7 @@ class Absorbed:
         contextual: logits of the contextual run, `[served, vocabulary]`.
         patched: logits of an ordinary run of the edited model, `[served, vocabulary]`.
         measured: how far the two are apart.
+        stream: the contextual run's residual stream after the last block, `[served, d_model]`.
         residual_by_block: for each block, max |y_R - y_C| / max |y_C| over the served tokens.
         seconds: time by stage.
     """
@@ -48,6 +49,7 @@ class Absorbed:
     contextual: np.ndarray
     patched: np.ndarray
     measured: Comparison
+    stream: np.ndarray
     residual_by_block: tuple[float, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -83,7 +85,8 @@ def absorb(
     require_exact(measured, contextual, executor.dtype)
     seconds = {"absorb": solved - clock, "edited_run": done - solved}
     residuals = tuple(step.residual for step in steps)
-    return Absorbed(request, plans, overlays, contextual, patched, measured, residuals, seconds)
+    kept = executor.host(stream)
+    return Absorbed(request, plans, overlays, contextual, patched, measured, kept, residuals, seconds)
 
 
 def plan_layers(executor: Executor, request: Request, strategy: str | None) -> dict[str, Plan]:

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
+from ..checkpoint.dtypes import NARROW
 from ..checkpoint.model import Model
 from ..errors import BadInput, MissingDependency
 from ..extras import reason
@@ -56,6 +57,8 @@ def open_executor(model: Model, backend: str, dtype: str = "float32") -> Executo
             raise MissingDependency(f"{needs}; it comes from the package {_package(found[backend])}") from None
         raise MissingDependency(f'{needs}. Install it with: pip install "blockkit-patch[{backend}]"') from None
     executor: Executor = opener(model, dtype)
+    if model.stored_dtypes(model.parts) & NARROW.keys():
+        executor.written = model.written
     return executor
 
 

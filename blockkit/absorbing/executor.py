@@ -6,7 +6,7 @@ A backend supplies an `Arrays` value and the parameters as its own arrays; nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from ..checkpoint.model import Model, slots, stored_name
 from ..design.architecture import Architecture, Block, Head
 from ..errors import BadInput
-from ..graph.arrays import Array, Arrays, NumpyArrays, wide_dtype
+from ..graph.arrays import Array, Arrays, NarrowArrays, numpy_arrays, wide_dtype
 from ..graph.changes import Change, MatrixChange, Overlay, change_of, merged
 from ..graph.evaluate import evaluate
 from ..graph.graph import Graph, Node
@@ -42,14 +42,22 @@ class Executor:
         arrays: the backend's primitives.
         parameters: every slot's values, as the backend's arrays; read anew in every run.
         dtype: in which weights and activations are held.
+        written: a changed parameter as the model's file will hold it, where that is stored in 16 bits; None for a model
+            that is stored as widely as it runs.
     """
 
     architecture: Architecture
     arrays: Arrays
     parameters: Mapping[str, Array]
     dtype: str
+    written: Callable[[str, Change], np.ndarray] | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict, repr=False)
     _names: dict[int, dict[str, str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def _narrow(self) -> str | None:
+        """The dtype to round every value to: NumPy widens 16 bits that meet an ordinary number."""
+        return self.dtype if isinstance(self.arrays, NarrowArrays) else None
 
     @property
     def depth(self) -> int:
@@ -145,15 +153,23 @@ class Executor:
                 return node.op.forward(xp, args, at)
 
             joined = {n: v if not isinstance(v, tuple) else xp.concatenate(v, axis=0) for n, v in known.items()}
-            found = evaluate(graph, xp, stored, joined, names, packing, overlay, mixer)
+            found = evaluate(graph, xp, stored, joined, names, packing, overlay, mixer, self._narrow)
             return [found[w] if isinstance(w, str) else found[w.name][w.start : w.stop] for w in wants]
 
         return program
 
     def merged(self, layer: int, overlay: Overlay) -> dict[str, Array]:
-        """The changed parameters of a layer, rounded to the model's dtype, as an edited checkpoint holds them."""
+        """The changed parameters of a layer, rounded as an edited checkpoint holds them.
+
+        Raises:
+            ExactnessLost: the checkpoint's type is too small for a value.
+        """
         found = {}
         for name, change in overlay.items():
+            if self.written is not None:  # on the host: a compiler may leave out that a number is rounded on its way
+                value = self.written(stored_name(self.architecture, layer, name), change)
+                found[name] = self.arrays.asarray(value, self.dtype)
+                continue
             if (key := ("merged", type(change).__name__)) not in self._compiled:
                 self._compiled[key] = self.arrays.jit(self._merging)
             weight = self.parameters[stored_name(self.architecture, layer, name)]
@@ -188,7 +204,8 @@ class Executor:
 
         def program(stored: Any, stream: Any) -> Array:
             packing = Packing(None, (int(stream.shape[0]),))
-            return evaluate(graph, xp, stored, {graph.input: stream}, [graph.output], packing)[graph.output]
+            found = evaluate(graph, xp, stored, {graph.input: stream}, [graph.output], packing, held=self._narrow)
+            return found[graph.output]
 
         return program
 
@@ -220,11 +237,36 @@ def reference(model: Model, dtype: str = "float64") -> Executor:
     """The NumPy executor of a model on disk.
 
     Raises:
-        BadInput: a dtype that NumPy does not have.
+        BadInput: a dtype that it does not have.
     """
-    if dtype not in ("float32", "float64"):
-        raise BadInput(f"the numpy backend runs in float32 or float64, not {dtype}")
-    arrays = NumpyArrays()
+    arrays = numpy_arrays(dtype)
     names = [name for name, _ in slots(model.architecture)]
     parameters = {n: np.asarray(model.parameter(n), dtype=dtype) for n in names}
     return Executor(model.architecture, arrays, parameters, dtype)
+
+
+def streamed(model: Model, dtype: str) -> Executor:
+    """As `reference`, with every parameter read from disk when it is used and kept no longer.
+
+    Raises:
+        BadInput: a dtype that it does not have.
+    """
+    return Executor(model.architecture, numpy_arrays(dtype), _OnDisk(model, dtype), dtype)
+
+
+class _OnDisk(Mapping[str, Array]):
+    """A model's parameters, read when asked for."""
+
+    def __init__(self, model: Model, dtype: str) -> None:
+        self.model, self.dtype = model, dtype
+
+    def __getitem__(self, slot: str) -> np.ndarray:
+        if slot not in self.model.parts:
+            raise KeyError(slot)
+        return np.asarray(self.model.parameter(slot), dtype=self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.parts)
+
+    def __len__(self) -> int:
+        return len(self.model.parts)

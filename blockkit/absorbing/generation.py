@@ -95,6 +95,14 @@ class Static:
     amplification: float
 
 
+class Saved(Protocol):
+    """What can be written to a file."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes it; an existing file is replaced only when the new one is complete."""
+        ...
+
+
 class Experiment(Protocol):
     """A model that is open, and the experiment on it.
 
@@ -116,6 +124,10 @@ class Experiment(Protocol):
 
     def static(self) -> Static | None:
         """With `all`, the run of the finished weights."""
+        ...
+
+    def patch(self) -> Saved:
+        """The patch of the last token (`each`), or the one for all of them (`all`), when all are generated."""
         ...
 
 
@@ -205,7 +217,7 @@ class Run:
             MissingDependency: an optional package is missing; the message holds the install line.
         """
         clock = time.perf_counter()
-        folder = _folder(model, progress)
+        folder = resolve_model(model, progress)
         tokenizer = load_tokenizer(folder)
 
         def opened(ids: list[int], settings: Settings) -> Experiment:
@@ -234,15 +246,6 @@ class Run:
             self.settings, tuple(self.ids), tuple(self.steps), tuple(self.texts), text, tuple(yardsticks), static,
             self.experiment.largest_logit, seconds,
         )  # fmt: skip
-
-
-def _folder(model: str, progress: Progress) -> Path:
-    if not model.strip():
-        raise BadInput("the model's name is empty: give a .gguf file, a Hugging Face folder, or gemma3-270m")
-    try:
-        return resolve_model(model, progress)
-    except RuntimeError as error:  # ~somebody
-        raise BadInput(f"the model {model!r}: {error}") from None
 
 
 def _text(decode: Callable[[list[int]], str], before: list[int], new: int) -> str:

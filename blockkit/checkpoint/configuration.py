@@ -20,6 +20,8 @@ ACTIVATIONS: Mapping[str, str] = {
     "tanh": "tanh", "sigmoid": "sigmoid", "linear": "identity",
 }  # fmt: skip
 MAPS: Mapping[str, Mapping[Any, Any]] = {"activations": ACTIVATIONS}
+NOTHING = object()  # the value that takes a setting away
+ABSENT = object()
 MERGED = ("requires", "constants", "settings", "tensors")
 
 
@@ -29,8 +31,10 @@ def from_config(config: Mapping[str, Any], source: str) -> tuple[Architecture, M
     Raises:
         BadInput: a model type or setting that is not supported, or a number that is missing.
     """
+    config, nested = _language_part(config)
     entry = _entry(config, source)
     rules = _with_cases(entry.checkpoint or {}, config)
+    rules = _nested(rules) if nested else rules
     constants: dict[str, Any] = {}
     for name, keys in rules["constants"].items():
         value = _first(config, keys, constants, source)
@@ -41,7 +45,7 @@ def from_config(config: Mapping[str, Any], source: str) -> tuple[Architecture, M
         constants[name] = value
     _check_settings(config, rules.get("requires", {}), constants, source)
     found = {path: _first(config, keys, constants, source) for path, keys in rules.get("settings", {}).items()}
-    settings = {path: value for path, value in found.items() if value is not None}
+    settings = {path: None if value is NOTHING else value for path, value in found.items() if value is not None}
     try:
         architecture = entry.bound({**constants, **settings}, entry.family)
     except BadInput as error:
@@ -54,6 +58,33 @@ def from_config(config: Mapping[str, Any], source: str) -> tuple[Architecture, M
 def supported() -> Mapping[str, str]:
     """The catalogue's families by the model type of their checkpoints."""
     return catalog.model_types()
+
+
+def _language_part(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The section `text_config` of a model of texts and images, where that is of a supported type; or all of it."""
+    inner, types = config.get("text_config"), supported()
+    known = [isinstance(c, Mapping) and isinstance(c.get("model_type"), str) and c["model_type"] in types
+             for c in (config, inner)]  # fmt: skip
+    if known != [False, True] or not isinstance(inner, Mapping):
+        return config, False
+    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+    return {**inner, **tied}, True
+
+
+def _nested(rules: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules for a language model inside another model: its tensors have another prefix, others are not its own."""
+
+    def inner(rule: Any) -> Any:
+        if isinstance(rule, list):
+            return [inner(r) for r in rule]
+        key = next((k for k in ("tensor", "stack") if k in rule), None) if isinstance(rule, Mapping) else None
+        return {**rule, key: inner(rule[key])} if key else str(rule).removeprefix("model.")
+
+    tensors = {slot: inner(rule) for slot, rule in rules["tensors"].items()}
+    if "head" in tensors:
+        tensors["head"] = [*_listed(tensors["head"]), "language_model.lm_head.weight"]
+    prefixes = ["model.language_model.", "language_model.model."]
+    return {**rules, "tensors": tensors, "prefixes": prefixes, "nested": True}
 
 
 def _entry(config: Mapping[str, Any], source: str) -> catalog.Entry:
@@ -70,9 +101,16 @@ def _with_cases(rules: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     """The rules with those of every case whose settings the configuration has."""
     found = dict(rules)
     for case in rules.get("cases", ()):
-        if all(_look(config, key) in _listed(allowed) for key, allowed in case["when"].items()):
+        if all(_holds(config, key, _listed(allowed)) for key, allowed in case["when"].items()):
             found.update({part: {**found.get(part, {}), **case[part]} for part in MERGED if part in case})
     return found
+
+
+def _holds(config: Mapping[str, Any], key: str, allowed: list[Any]) -> bool:
+    """Whether a setting is one of those; `given null` is a null that stands there, null also one that does not."""
+    if allowed == ["given null"]:
+        return _look(config, key, ABSENT) is None
+    return _look(config, key) in allowed
 
 
 def _check_settings(
@@ -92,9 +130,9 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _look(config: Any, dotted: str) -> Any:
+def _look(config: Any, dotted: str, absent: Any = None) -> Any:
     for part in dotted.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
+        config = config.get(part, absent) if isinstance(config, Mapping) else absent
     return config
 
 
@@ -108,7 +146,7 @@ def _first(config: Mapping[str, Any], rules: Any, constants: Mapping[str, Any], 
 
 def _given(config: Mapping[str, Any], rule: Any, constants: Mapping[str, Any], source: str) -> Any:
     if isinstance(rule, Mapping) and "value" in rule:
-        return rule["value"]
+        return NOTHING if rule["value"] is None else rule["value"]
     if isinstance(rule, Mapping):
         value, names = _look(config, rule["key"]), rule["map"]
         table = MAPS[names] if isinstance(names, str) else names

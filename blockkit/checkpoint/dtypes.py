@@ -18,6 +18,8 @@ _NUMPY = {
     "U8": "u1",
     "BOOL": "?",
 }
+NARROW = {"BF16": "bfloat16", "F16": "float16"}
+"""The types of 16 bits, by the name of the dtype that computes in them."""
 WIDTHS = {"BF16": 2} | {name: np.dtype(code).itemsize for name, code in _NUMPY.items()}
 """Bytes per element of each type that can be read."""
 
@@ -63,6 +65,15 @@ def encode(values: np.ndarray, dtype: str) -> bytes:
     elif not np.array_equal(rounded, values):
         raise BadInput(f"some values are not representable in the integer type {dtype}.")
     return stored.tobytes()
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as they come back from `dtype`: what `decode` gives of what `encode` wrote.
+
+    Raises:
+        BadInput: as for `encode`.
+    """
+    return decode(encode(values, dtype), dtype).reshape(values.shape)
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:

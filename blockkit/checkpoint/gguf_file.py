@@ -11,12 +11,11 @@ from ..atomic import new_folder
 from ..errors import BadInput
 from ..extras import require
 from ..progress import Progress, silent
+from .configuration import from_config
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from .gguf_layouts import Target, layout_of
 from .gguf_tokenizer import build_tokenizer, tokenizer_config
 from .safetensors_file import write_float32
-
-"""Called with the name of a stage and the fraction of it that is done."""
 
 _VALUES_AT_ONCE = 1 << 20
 
@@ -37,6 +36,7 @@ def convert_gguf(path: Path, out: Path, progress: Progress | None = None) -> Non
     report = progress or silent
     header = read_gguf_header(path)
     config, targets = layout_of(header)
+    from_config(config, str(path))  # before anything is written: what cannot be opened is not converted
     _require_readable_types(header)
     with new_folder(out) as partial:
         report("tokenizer", 0.0)

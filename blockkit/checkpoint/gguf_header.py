@@ -7,10 +7,10 @@ for a vocabulary of 262 144 tokens and does not notice a file that is cut short.
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from ..extras import require
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
+_LARGEST = 2**40  # of a number that counts something
+_MOST_KEYS, _MOST_TENSORS, _MOST_TEXTS, _LONGEST = 10_000, 100_000, 4_000_000, 16 << 20
 _STRING, _ARRAY = 8, 9
 # Value type -> NumPy code: u8 i8 u16 i16 u32 i32 f32 bool u64 i64 f64.
 _NUMBERS = dict(
@@ -49,6 +51,66 @@ class GgufHeader:
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """A text of the metadata.
+
+        Raises:
+            BadInput: the key holds something else.
+        """
+        return cast(str | None, self._typed(key, default, "a text", lambda v: type(v) is str))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A yes or no of the metadata; see `text`."""
+        return bool(self._typed(key, default, "true or false", lambda v: type(v) is bool))
+
+    def token_id(self, key: str) -> int | None:
+        """The id of a token, or None; see `text`."""
+        wanted = "the id of a token"
+        return cast(int | None, self._typed(key, None, wanted, lambda v: type(v) is int and 0 <= v < _LARGEST))
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive whole number of the metadata, which must be there if there is no default; see `text`."""
+        found = self._typed(key, default, "a positive whole number", lambda v: type(v) is int and 0 < v < _LARGEST)
+        return cast(int, self._there(key, found))
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A positive number of the metadata, which must be there if there is no default; see `text`."""
+        found = self._typed(
+            key, default, "a positive number", lambda v: type(v) in (int, float) and 0 < v < float(_LARGEST)
+        )
+        return float(cast(float, self._there(key, found)))
+
+    def real_or_none(self, key: str) -> float | None:
+        """A positive number of the metadata; None where the key is missing or holds a zero; see `text`."""
+        value = self.metadata.get(key, 0)
+        return None if type(value) in (int, float) and value == 0 else self.real(key)
+
+    def texts(self, key: str) -> list[str]:
+        """An array of texts in the metadata, which must be there; see `text`."""
+        found = self._typed(key, None, "an array of texts", lambda v: type(v) is list)
+        return cast(list[str], self._there(key, found))
+
+    def numbers(self, key: str) -> np.ndarray:
+        """An array of finite numbers in the metadata, which must be there; see `text`."""
+        found = self._typed(
+            key, None, "an array of finite numbers", lambda v: isinstance(v, np.ndarray) and np.isfinite(v).all()
+        )
+        return cast(np.ndarray, self._there(key, found))
+
+    def _typed(self, key: str, default: Any, wanted: str, fits: Callable[[Any], Any]) -> Any:
+        if key not in self.metadata:
+            return default
+        if not fits(value := self.metadata[key]):
+            raise BadInput(
+                f"{self.path}: the metadata {key} is {value!r:.40}, not {wanted}; the model cannot be converted."
+            )
+        return value
+
+    def _there(self, key: str, value: Any) -> Any:
+        if value is None:
+            raise BadInput(f"{self.path}: the metadata {key} is missing; the model cannot be converted.")
+        return value
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -84,14 +146,18 @@ class _Parser:
                 f"{' and '.join(map(str, _VERSIONS))} are supported. Convert the model again."
             )
         tensor_count, metadata_count = self.unpack("<Q"), self.unpack("<Q")
-        metadata = {}
+        self.require_few("metadata entries", metadata_count, _MOST_KEYS, 13)
+        self.require_few("tensors", tensor_count, _MOST_TENSORS, 24)
+        metadata: dict[str, Any] = {}
         for _ in range(metadata_count):
             key = self.string()
+            if key in metadata:
+                raise self.damaged(f"the metadata {key!r:.100} is given twice")
             metadata[key] = self.value(self.unpack("<I"))
         entries = [self.tensor_entry() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.damaged(f"general.alignment is {alignment!r}, not a power of two")
+        if type(alignment) is not int or not 0 < alignment < 2**20 or alignment & (alignment - 1):
+            raise self.damaged(f"general.alignment is {alignment!r:.40}, not a power of two")
         base = -(-self.position // alignment) * alignment
         tensors = [self.place(base, *entry) for entry in entries]
         if len({tensor.name for tensor in tensors}) != len(tensors):
@@ -101,7 +167,7 @@ class _Parser:
     def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name, rank = self.string(), self.unpack("<I")
         if rank > 4:
-            raise self.damaged(f"tensor {name!r} has {rank} dimensions, more than 4")
+            raise self.damaged(f"tensor {name!r:.100} has {rank} dimensions, more than 4")
         shape = tuple(self.unpack("<Q") for _ in range(rank))[::-1]
         return name, shape, self.unpack("<I"), self.unpack("<Q")
 
@@ -112,14 +178,14 @@ class _Parser:
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(block_type)]
         except (KeyError, ValueError) as error:
             raise BadInput(
-                f"{self.path}: tensor {name!r} has the unknown block type {block_type}. "
+                f"{self.path}: tensor {name!r:.100} has the unknown block type {block_type}. "
                 "A newer version of the package gguf may know it."
             ) from error
         if not shape or 0 in shape or shape[-1] % per_block:
-            raise self.damaged(f"tensor {name!r} has shape {list(shape)}, not whole blocks of {per_block} values")
+            raise self.damaged(f"tensor {name!r:.100} has shape {list(shape)}, not whole blocks of {per_block} values")
         start, size = base + offset, math.prod(shape) // per_block * block_bytes
         if start + size > len(self.data):
-            raise self.cut_short(f"tensor {name!r} ends at byte {start + size}")
+            raise self.cut_short(f"tensor {name!r:.100} ends at byte {start + size}")
         return GgufTensor(name, shape, block_type, start, size)
 
     def value(self, kind: int) -> Any:
@@ -140,19 +206,29 @@ class _Parser:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def strings(self, count: int) -> list[str]:
+        self.require_few("texts in an array", count, _MOST_TEXTS, 8)
         return [self.string() for _ in range(count)]
 
     def string(self) -> str:
         try:
-            return self.take(self.unpack("<Q")).decode()
+            return self.take(self.unpack("<Q"), _LONGEST).decode()
         except UnicodeDecodeError as error:
             raise self.damaged(f"a text is not valid UTF-8 ({error.reason})") from error
 
     def unpack(self, code: str) -> int:
         return int(struct.unpack(code, self.take(struct.calcsize(code)))[0])
 
-    def take(self, count: int) -> bytes:
+    def require_few(self, what: str, count: int, most: int, bytes_each: int) -> None:
+        """Finds out before a loop over them."""
+        if self.position + count * bytes_each > len(self.data):
+            raise self.cut_short(f"it says that it has {count} {what}")
+        if count > most:
+            raise self.damaged(f"it has {count} {what}; at most {most} are read")
+
+    def take(self, count: int, most: int = 1 << 40) -> bytes:
         end = self.position + count
+        if count > most:
+            raise self.damaged(f"a text of {count} bytes; at most {most} are read")
         if end > len(self.data):
             raise self.cut_short(f"a header value ends at byte {end}")
         taken = self.data[self.position : end]

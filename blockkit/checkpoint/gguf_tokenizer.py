@@ -1,15 +1,19 @@
-"""The SentencePiece tokenizer in a GGUF file, rebuilt for the `tokenizers` package."""
+"""The tokenizer in a GGUF file, SentencePiece or byte-level BPE, rebuilt for the `tokenizers` package."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
+
+import numpy as np
 
 from ..errors import BadInput
 from ..extras import require
+from .gguf_bytes import byte_level, byte_level_kind
 from .gguf_header import GgufHeader
+from .tokenizer import guarded
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _CONTROL, _USER_DEFINED = 3, 4
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_MOST_WORK = 10**9  # characters looked at to find the merges; a real vocabulary takes 10 ** 7
 
 
 def build_tokenizer(header: GgufHeader) -> Any:
@@ -20,8 +24,61 @@ def build_tokenizer(header: GgufHeader) -> Any:
         MissingDependency: the package `tokenizers` is not installed.
     """
     tk = require("tokenizers")
-    tokens, scores, kinds = _vocabulary(header)
-    is_gemma = header.metadata["general.architecture"] == "gemma3"
+    kind = header.text("tokenizer.ggml.model")
+    if kind not in ("llama", "gpt2"):
+        raise BadInput(
+            f"{header.path}: the tokenizer is of kind {kind!r:.100}; 'llama' (SentencePiece) and 'gpt2' (byte-level "
+            "BPE) are supported. Use the model's Hugging Face folder instead."
+        )
+    with guarded(f"{header.path}: the tokenizer is damaged"):
+        tokens = _tokens(header)
+        kinds = _kinds(header, len(tokens))
+        tokenizer = _sentencepiece(tk, header, tokens) if kind == "llama" else byte_level(tk, header, tokens)
+        _add_whole_tokens(tk, tokenizer, header, tokens, kinds)
+        _set_template(tk, tokenizer, header)
+    return tokenizer
+
+
+def tokenizer_config(header: GgufHeader) -> dict[str, Any]:
+    """Return the `tokenizer_config.json` with which AutoTokenizer loads the tokenizer as it is."""
+    architecture = header.text("general.architecture")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": header.whole(f"{architecture}.context_length"),
+    }
+    config |= {f"{role}_token": token for role, token in _role_tokens(header).items()}
+    template = header.text("tokenizer.chat_template")
+    return config | ({"chat_template": template} if template else {})
+
+
+def _tokens(header: GgufHeader) -> list[str]:
+    """Return every token's text, by id."""
+    tokens, rows = header.texts("tokenizer.ggml.tokens"), header.tensors["token_embd.weight"].shape[0]
+    if not 0 < len(tokens) <= rows:
+        raise BadInput(
+            f"{header.path}: the tokenizer has {len(tokens)} tokens; at most {rows}, the embedding's rows, are allowed."
+        )
+    if sum(len(t) ** 2 for t in tokens) > _MOST_WORK:
+        raise BadInput(f"{header.path}: its tokens are far too long; the longest has {max(map(len, tokens))} letters.")
+    return tokens
+
+
+def _kinds(header: GgufHeader, count: int) -> list[int]:
+    """Return every token's kind, by id."""
+    return [int(k) for k in _beside(header, "token_type", count)]
+
+
+def _beside(header: GgufHeader, name: str, count: int) -> np.ndarray:
+    found = header.numbers(f"tokenizer.ggml.{name}")
+    if len(found) != count:
+        raise BadInput(f"{header.path}: the tokenizer has {count} tokens and {len(found)} of {name}; as many are due.")
+    return found
+
+
+def _sentencepiece(tk: Any, header: GgufHeader, tokens: list[str]) -> Any:
+    scores = [float(s) for s in _beside(header, "scores", len(tokens))]
+    is_gemma = str(header.text("general.architecture")).startswith("gemma")
     # Gemma's runs of spaces are stored as spaces, and its merges rank by place, not by score.
     pieces = [_respelled(token) for token in tokens] if is_gemma else tokens
     ranks = [-float(place) for place in range(len(tokens))] if is_gemma else scores
@@ -34,59 +91,18 @@ def build_tokenizer(header: GgufHeader) -> Any:
         byte_fallback=True,
     )
     tokenizer = tk.Tokenizer(model)
-    prefix = bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    _set_spaces(tk, tokenizer, is_gemma, prefix)
-    _add_whole_tokens(tk, tokenizer, header, tokens, kinds)
-    _set_template(tk, tokenizer, header)
+    _set_spaces(tk, tokenizer, is_gemma, header.flag("tokenizer.ggml.add_space_prefix", True))
     return tokenizer
-
-
-def tokenizer_config(header: GgufHeader) -> dict[str, Any]:
-    """Return the `tokenizer_config.json` with which AutoTokenizer loads the tokenizer as it is."""
-    architecture = header.metadata["general.architecture"]
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": header.metadata[f"{architecture}.context_length"],
-    }
-    config |= {f"{role}_token": token for role, token in _role_tokens(header).items()}
-    template = header.metadata.get("tokenizer.chat_template")
-    return config | ({"chat_template": template} if template else {})
-
-
-def _vocabulary(header: GgufHeader) -> tuple[list[str], list[float], list[int]]:
-    """Return every token's text, score and kind, by id."""
-    model = header.metadata.get("tokenizer.ggml.model")
-    if model != "llama":
-        raise BadInput(
-            f"{header.path}: the tokenizer is of kind {model!r}; only 'llama' (SentencePiece) is "
-            "supported. Use the model's Hugging Face folder instead."
-        )
-    tokens, scores, kinds = (_array(header, n) for n in ("tokens", "scores", "token_type"))
-    rows = header.tensors["token_embd.weight"].shape[0]
-    if not len(tokens) == len(scores) == len(kinds) <= rows:
-        raise BadInput(
-            f"{header.path}: the tokenizer has {len(tokens)} tokens, {len(scores)} scores and "
-            f"{len(kinds)} kinds; they must be as many, and at most {rows}, the embedding's rows."
-        )
-    return [str(t) for t in tokens], [float(s) for s in scores], [int(k) for k in kinds]
-
-
-def _array(header: GgufHeader, name: str) -> Sequence[Any]:
-    value = header.metadata.get(f"tokenizer.ggml.{name}")
-    if value is None or isinstance(value, str | int | float):
-        raise BadInput(f"{header.path}: the metadata tokenizer.ggml.{name} must be an array.")
-    return cast(Sequence[Any], value)
 
 
 def _role_tokens(header: GgufHeader) -> dict[str, str]:
     """Return the text of the tokens that have a role: "bos", "eos", "unk", "pad"."""
-    tokens = _array(header, "tokens")
-    ids = {role: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
+    tokens = header.texts("tokenizer.ggml.tokens")
+    ids = {role: header.token_id(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
     for role, place in ids.items():
-        if place is not None and not (isinstance(place, int) and 0 <= place < len(tokens)):
+        if place is not None and place >= len(tokens):
             raise BadInput(f"{header.path}: the {role} token id {place} is not in the vocabulary.")
-    return {role: str(tokens[place]) for role, place in ids.items() if place is not None}
+    return {role: tokens[place] for role, place in ids.items() if place is not None}
 
 
 def _respelled(token: str) -> str:
@@ -130,16 +146,21 @@ def _add_whole_tokens(tk: Any, tokenizer: Any, header: GgufHeader, tokens: list[
 def _set_template(tk: Any, tokenizer: Any, header: GgufHeader) -> None:
     """Put BOS before and EOS after a text, where the file asks for them."""
     roles = _role_tokens(header)
-    bos = roles.get("bos") if header.metadata.get("tokenizer.ggml.add_bos_token", True) else None
-    eos = roles.get("eos") if header.metadata.get("tokenizer.ggml.add_eos_token", False) else None
-    if bos is None and eos is None:
-        return
-    first, second = (
-        [f"{part}:{number}" for part in (bos, text, eos) if part is not None]
-        for number, text in enumerate(("$A", "$B"))
-    )
-    tokenizer.post_processor = tk.processors.TemplateProcessing(
-        single=first,
-        pair=first + second,
-        special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t is not None],
-    )
+    usual = header.text("tokenizer.ggml.model") == "llama" or byte_level_kind(header).begins
+    bos = roles.get("bos") if header.flag("tokenizer.ggml.add_bos_token", usual) else None
+    eos = roles.get("eos") if header.flag("tokenizer.ggml.add_eos_token", False) else None
+    parts = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
+    if bos is not None or eos is not None:
+        first, second = (
+            [f"{part}:{number}" for part in (bos, text, eos) if part is not None]
+            for number, text in enumerate(("$A", "$B"))
+        )
+        parts.append(
+            tk.processors.TemplateProcessing(
+                single=first,
+                pair=first + second,
+                special_tokens=[(t, tokenizer.token_to_id(t)) for t in (bos, eos) if t is not None],
+            )
+        )
+    if parts:
+        tokenizer.post_processor = parts[0] if len(parts) == 1 else tk.processors.Sequence(parts)

@@ -8,7 +8,8 @@ file, `configuration.py` and `tensor_rules.py` only follow it. The section's key
     constants: {d_ff: [n_inner, = 4 * d_model]}        # numbers for the architecture's symbols, in this order
     settings: {blocks.*.nodes.attention.bias: attention_bias}
                                         # PATH: VALUE, put in the `architecture` section; `*` is any key
-    cases:                              # where `when` holds (KEY: value or values), more rules of the other kinds,
+    cases:                              # where `when` holds (KEY: value or values; null: absent or null, given null:
+                                        # null and not absent), more rules of the other kinds,
       - when: {parallel: false}         # which take the place of those above
         settings: {layers.pattern: {value: [sequential]}}
     layer_types: {key: layer_types, full_attention: global}     # block by what the configuration lists for a layer
@@ -17,7 +18,8 @@ file, `configuration.py` and `tensor_rules.py` only follow it. The section's key
     tensors: {SLOT: TENSOR}             # for every parameter slot; `*` is the layer
 
 A VALUE is a key of config.json (`a.b` reaches into a section), `= formula` of the constants so far (see
-`formula.py`), `{key: hidden_act, map: activations}` (or a map written out), or `{value: anything}`; or a list
+`formula.py`), `{key: hidden_act, map: activations}` (or a map written out), or `{value: anything}` (null takes the
+setting away); or a list
 of them: the first that gives anything. Constants must be found; a setting that is not stays as it was.
 
 A TENSOR is a name, for a tensor in the kit's orientation (`[d_out, d_in]` or `[width]`), or says more:
@@ -45,15 +47,21 @@ import numpy as np
 
 from ..design.architecture import Architecture
 from ..design.documents import read_document
-from ..errors import BadInput
+from ..errors import BadInput, ExactnessLost
+from ..graph.changes import Change, dense
 from ..progress import Progress, silent
 from .cache import resolve_model
 from .configuration import from_config
+from .dtypes import rounded
 from .folder import CheckpointFolder, open_folder
+from .formula import evaluated
+from .identity import tensors_digest
 from .tensor_rules import Part, part_of
 
 __all__ = ["Model", "architecture_from_config", "from_config", "open_model", "slots", "stored_name"]
 
+BUFFERS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached")  # recomputed, never read
+MOST_LAYERS = 10_000
 OUTSIDE = ("head", "head_bias")  # slots whose tensors stand outside the prefix
 
 
@@ -118,21 +126,62 @@ class Model:
             BadInput: tensors are missing, misshapen or unknown; all of them are named.
         """
         prefix = self._prefix()
-        found = {name: self._part(name, shape, prefix) for name, shape in slots(self.architecture)}
+        found = {name: self._part(name, shape, prefix) for name, shape in self._slots}
         faults = list(dict.fromkeys(f for p in found.values() if (f := p.fault(self.folder.shapes))))
-        ignored = [prefix + p for p in self.conventions.get("ignored", [])] + ["lm_head.weight"]
+        ignored = [prefix + p for p in self.conventions.get("ignored", [])] + [self._head_name, *BUFFERS]
+        beside = not self.conventions.get("nested")  # whether a tensor outside the prefix is one too many
         used = {tensor for part in found.values() for tensor in part.tensors}
         for tensor in self.folder.shapes:
-            if tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
+            own = beside or tensor.startswith(prefix)
+            if own and tensor not in used and not any(fnmatchcase(tensor, p) for p in ignored):
                 faults.append(f"{tensor} is not part of {self.architecture.name}")
         if faults:
-            shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+            shown = "; ".join(f"{fault:.300}" for fault in faults[:8]) + (
+                f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+            )
             raise BadInput(f"{self.folder.path}: the tensors do not fit the configuration: {shown}")
         return found
 
+    @property
+    def _head_name(self) -> str:
+        """The tensor of an untied head."""
+        rules = _listed(self.conventions["tensors"].get("head", "lm_head.weight"))
+        names = [rule if isinstance(rule, str) else str(rule["tensor"]) for rule in rules]
+        return next((name for name in names if name in self.folder.shapes), names[0])
+
+    @property
+    def has_other_head(self) -> bool:
+        """Whether the configuration ties the head to the embedding, and the checkpoint has another head stored.
+
+        `transformers` (from version 5 on) then takes the stored one.
+        """
+        if not self.architecture.tied or self._head_name not in self.folder.shapes:
+            return False
+        return not np.array_equal(self.folder.tensor(self._head_name), self.parameter("embedding"))
+
+    @cached_property
+    def _slots(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The model's slots; counted before they are listed, as a configuration may say any number.
+
+        Raises:
+            BadInput: the configuration asks for far more tensors than the checkpoint has.
+        """
+        there, layers = len(self.folder.shapes), self.architecture.depth or 0
+        stacks = [rule for rules in self.conventions["tensors"].values() for rule in _listed(rules) if "stack" in rule]
+        counts = [int(evaluated(rule["count"], self.architecture.constants)) for rule in stacks]
+        if layers > min(there, MOST_LAYERS) or layers * max(counts, default=1) > there + MOST_LAYERS:
+            raise BadInput(
+                f"{self.folder.path}: the configuration asks for {layers} layers"
+                f"{f' of {max(counts)} experts' if counts else ''}, and the checkpoint has {there} tensors"
+            )
+        try:
+            return list(slots(self.architecture))
+        except BadInput as error:  # sizes that no block can have
+            raise BadInput(f"{self.folder.path}: {error}") from None
+
     def _prefix(self) -> str:
         """The prefix under which most of the slots' tensors are there."""
-        wanted, there = list(slots(self.architecture)), self.folder.shapes
+        wanted, there = self._slots, self.folder.shapes
 
         def found(prefix: str) -> int:
             return sum(all(t in there for t in self._part(*slot, prefix).tensors) for slot in wanted)
@@ -148,8 +197,7 @@ class Model:
         if rules is None:
             raise BadInput(f"{self.architecture.name}: no tensor is known for the parameter {slot}")
         place, numbers = "" if slot in OUTSIDE else prefix, self.architecture.constants
-        listed = rules if isinstance(rules, list) else [rules]
-        found = [part_of(rule, shape, layer, place, numbers) for rule in listed]
+        found = [part_of(rule, shape, layer, place, numbers) for rule in _listed(rules)]
         return next((p for p in found if all(t in self.folder.shapes for t in p.tensors)), found[0])
 
     def parameter(self, slot: str) -> np.ndarray:
@@ -182,13 +230,45 @@ class Model:
             part.write([changed[name] for name in part.tensors], value)
         return changed
 
-    def fingerprint(self, changed: list[str]) -> dict[str, str]:
-        """What a patch must find again: the architecture, and the weights that it was made for."""
+    def written(self, slot: str, change: Change) -> np.ndarray:
+        """A changed parameter as the checkpoint will hold it, rounded to the types that its tensors are stored in.
+
+        Raises:
+            ExactnessLost: a stored type is too small for a value.
+        """
+        part, value = self.parts[slot], dense(self.parameter(slot), change)
+        tensors = [np.zeros(self.folder.shapes[name]) for name in part.tensors]
+        part.write(tensors, value)
+        try:
+            held = [rounded(t, self.folder.dtype_of(n)) for t, n in zip(tensors, part.tensors, strict=True)]
+        except BadInput as error:
+            raise ExactnessLost(f"{slot} cannot be stored with its change: {error} Choose another strategy") from None
+        return part.read(held)
+
+    def stored_dtypes(self, slots: Iterable[str]) -> frozenset[str]:
+        """The types in which these slots are stored, as safetensors spells them."""
+        return frozenset(self.folder.dtype_of(name) for slot in slots for name in self.parts[slot].tensors)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a patch must find again: the architecture, and all the weights that it was made for."""
+        used = {name for part in self.parts.values() for name in part.tensors}
+        return {
+            "architecture": self.architecture.name,
+            "covers": "every tensor of the checkpoint that its architecture reads, as it is stored",
+            "digest": tensors_digest(self.folder, used),
+        }
+
+    def digest_of(self, changed: Iterable[str]) -> str:
+        """The digest of the values of some slots alone, as patch files of format 1 hold it."""
         digest = hashlib.sha256()
         for slot in sorted(changed):
             digest.update(slot.encode())
             digest.update(np.ascontiguousarray(self.parameter(slot)).tobytes())
-        return {"architecture": self.architecture.name, "weights": digest.hexdigest()}
+        return digest.hexdigest()
+
+
+def _listed(rules: Any) -> list[Any]:
+    return rules if isinstance(rules, list) else [rules]
 
 
 def open_model(path: Path) -> Model:
@@ -198,7 +278,14 @@ def open_model(path: Path) -> Model:
         BadInput: the folder, its configuration or its tensors cannot be used.
     """
     folder = open_folder(path)
-    architecture, conventions = from_config(folder.config, str(path))
+    model = _model(folder, folder.config)
+    if model.has_other_head:  # the stored one counts, whatever the configuration says
+        model = _model(folder, folder.config | {"tie_word_embeddings": False})
+    return model
+
+
+def _model(folder: CheckpointFolder, config: Mapping[str, Any]) -> Model:
+    architecture, conventions = from_config(config, str(folder.path))
     model = Model(architecture, folder, conventions)
     _ = model.parts
     return model
@@ -210,13 +297,7 @@ def open_checkpoint(model: str, progress: Progress | None = None) -> Model:
     Raises:
         BadInput: nothing of that name or path can be opened.
     """
-    if not model.strip():
-        raise BadInput("the model's name is empty: give a .gguf file, a Hugging Face folder, or gemma3-270m")
-    try:
-        folder = resolve_model(model, progress or silent)
-    except RuntimeError as error:  # ~somebody
-        raise BadInput(f"the model {model!r}: {error}") from None
-    return open_model(folder)
+    return open_model(resolve_model(model, progress or silent))
 
 
 def architecture_from_config(path: Path) -> Architecture:

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInput
+from ..json_reader import MOST_BYTES, parse_json
 from .dtypes import WIDTHS
 
 _LENGTH_BYTES = 8
-_LARGEST_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+_MOST_AXES = 16
+_LONGEST_NAME = 1000
+_MOST = 2**48  # of an axis or a byte offset; more no file holds
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,19 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if size < _LENGTH_BYTES or length > min(_LARGEST_HEADER, size - _LENGTH_BYTES):
+            if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
                 raise BadInput(
                     f"{file} is not a complete safetensors file: its header should take {length} "
                     f"bytes, and the file has {size}. Copy or download it again."
                 )
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise BadInput(f"cannot read {file}: {error}") from error
-    except ValueError as error:
-        raise BadInput(f"{file} is not a safetensors file: bad header ({error}).") from error
+            if length > MOST_BYTES:
+                raise BadInput(f"{file}: its header is larger than {MOST_BYTES >> 20} MiB.")
+            text = stream.read(length).decode()
+    except UnicodeDecodeError:
+        raise BadInput(f"{file} is not a safetensors file: its header is not text (UTF-8).") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {str(file)!r:.300}: {getattr(error, 'strerror', None) or error}") from None
+    header = parse_json(text, f"{file} is not a safetensors file: bad header")
     if not isinstance(header, dict):
         raise BadInput(f"{file} is not a safetensors file: its header is not a JSON object.")
     data = _LENGTH_BYTES + length
@@ -62,20 +68,34 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             f"{file} is truncated: its header describes {expected} bytes, and the file has {size}. "
             "Copy or download it again."
         )
+    _require_apart(file, entries)
     return entries
+
+
+def _require_apart(file: Path, entries: Mapping[str, StoredTensor]) -> None:
+    """Refuses two tensors that share bytes: a change of one would change the other."""
+    last, name = None, ""
+    for key, entry in sorted(entries.items(), key=lambda e: (e[1].start, e[1].stop)):
+        if last is not None and entry.start < last.stop:
+            raise BadInput(f"{file}: the tensors {name!r:.200} and {key!r:.200} share bytes; the file is damaged.")
+        if entry.stop > entry.start:
+            last, name = entry, key
 
 
 def _entry(file: Path, name: str, fields: Any, data: int) -> StoredTensor:
     try:
-        dtype, shape = str(fields["dtype"]), tuple(int(n) for n in fields["shape"])
-        begin, end = (int(n) for n in fields["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{file}: the header entry of tensor {name!r} is malformed.") from error
-    width = WIDTHS.get(dtype)
+        dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{file}: the header entry of tensor {name!r:.200} is malformed.") from None
+    whole = all(type(n) is int and abs(n) < _MOST for n in numbers)
+    if type(dtype) is not str or not whole or len(shape) > _MOST_AXES or len(name) > _LONGEST_NAME:
+        raise BadInput(f"{file}: the header entry of tensor {name!r:.200} is malformed.")
+    shape, width = tuple(shape), WIDTHS.get(dtype)
     fits = width is None or end - begin == width * math.prod(shape)
     if not 0 <= begin <= end or min(shape, default=0) < 0 or not fits:
         raise BadInput(
-            f"{file}: tensor {name!r} of type {dtype} and shape {list(shape)} does not fit "
+            f"{file}: tensor {name!r:.200} of type {dtype:.20} and shape {list(shape)} does not fit "
             f"its byte range {begin} to {end}; the file is damaged."
         )
     return StoredTensor(file, dtype, shape, data + begin, data + end)

@@ -22,10 +22,12 @@ from .options import (
     SpecArg,
     filtered,
     own_components,
+    require_apart,
     require_known,
     require_writable,
+    spec_files,
 )
-from .output import show
+from .output import printable, show
 
 
 def list_(filter_: Filter = None, as_json: AsJson = False) -> None:
@@ -131,13 +133,14 @@ def verify(
     from ..views.report import verification_json
 
     if dump is not None:
+        require_apart(dump, "--dump", [*spec_files(spec), components])
         require_writable(dump, "--dump")
     found = verify_spec(
         spec, strategy, only or (), freeze or (), tokens, seed, width, block, own_components(components)
     )
     if dump is not None and found.worst.result is not None:
         write_dump(found.worst, dump)
-        print(f"{found.block}: written to {dump}", file=sys.stderr)
+        print(printable(f"{found.block}: written to {dump}"), file=sys.stderr)
     show(verification_json(found), str(found), as_json)
     raise typer.Exit(0 if found.exact else 1)
 

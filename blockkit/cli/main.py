@@ -1,96 +1,76 @@
-"""The command line: `blockkit list | components | check | plan | compare | verify | graph | absorb | show | ...`.
+"""Where the command line begins: small, so that hardly anything runs before interruptions are caught.
 
-Results go to stdout, progress and messages to stderr. Exit status: 0 done or yes, 1 a well-formed no,
-2 bad input, 70 a fault of blockkit's own, 130 interrupted.
+The first SIGINT or SIGTERM unwinds as Ctrl-C does, and every temporary file is removed on the way; a second one
+removes them itself and ends at once. Both give status 130.
 """
 
-from __future__ import annotations
-
-import gc
-import io
 import os
+import signal
 import sys
-import traceback
-from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+from .interrupted import Interrupted
 
-from .. import __version__
-from ..errors import BadInput, BlockkitError, blamed
-from . import designs, models
-from .output import printable
-
-MOST_SHOWN = 4000  # characters of a message
+INTERRUPTED = 130
 FAULT = 70  # EX_SOFTWARE of sysexits.h
 DEBUG = "BLOCKKIT_DEBUG"  # set to anything, shows the traceback of a fault
-
-
-class Interrupted(BlockkitError):
-    """Ctrl-C, by which time every temporary file is gone."""
-
-    exit_status = 130
-
-
-class Commands(TyperGroup):
-    """The commands. What the framework would end in a way of its own ends here as one of our errors."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command that was asked for."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted; nothing was left half-written") from None
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise BadInput(str(error)) from None
-
-
-app = typer.Typer(
-    cls=Commands,
-    add_completion=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+MESSAGE = "error: interrupted; nothing was left half-written\n"
+_asked: list[int] = []  # the signals that have come
 
 
 def main() -> None:
     """Runs a command; every failure ends in one message and its exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
-    gc.set_threshold(50_000, 20, 20)  # a large graph is a million objects, nearly all of which live to the end
     try:
-        app()
-    except BlockkitError as error:
-        _end(str(error), error.exit_status)
-    except Exception as error:
-        if os.environ.get(DEBUG):
-            traceback.print_exc()
-        _end(
-            f"{blamed(error)}\nblockkit did not foresee this: the fault is its own, whatever it was given. "
-            f"Please report the command and this message; {DEBUG}=1 shows the traceback",
-            FAULT,
-        )
+        _listen()
+        from .commands import run
+
+        run()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if _asked:  # what was interrupted may have turned that into another error
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # all is done but the interpreter's own end
+        if _asked or isinstance(error, KeyboardInterrupt | Interrupted):
+            _end(MESSAGE, INTERRUPTED)
+        _end(_fault(error), FAULT)
+
+
+def _listen() -> None:
+    _asked.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            try:
+                signal.signal(number, _interrupt)
+            except ValueError:  # not the main thread
+                return
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _asked.append(number)
+    if len(_asked) == 1:
+        raise KeyboardInterrupt
+    if (atomic := sys.modules.get("blockkit.atomic")) is not None and hasattr(atomic, "abandon"):
+        atomic.abandon()
+    os.write(2, MESSAGE.encode())
+    os._exit(INTERRUPTED)
+
+
+def _fault(error: BaseException) -> str:
+    """What is said of an exception that nothing foresaw."""
+    import traceback
+
+    if os.environ.get(DEBUG):
+        traceback.print_exc()
+    from ..errors import blamed
+    from .output import printable
+
+    said = printable(blamed(error), 4000)
+    return (
+        f"error: {said}\nblockkit did not foresee this: the fault is its own, whatever it was given. "
+        f"Please report the command and this message; {DEBUG}=1 shows the traceback\n"
+    )
 
 
 def _end(message: str, status: int) -> None:
-    print(f"error: {printable(message, MOST_SHOWN)}", file=sys.stderr)
+    sys.stderr.write(message)
     sys.exit(status)
-
-
-@app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Is a transformer block patchable, by which parameters, and what is the patch?"""
-    if version:
-        print(f"blockkit {__version__}")
-        raise typer.Exit
-
-
-for command in (
-    designs.list_, designs.components, designs.check, designs.plan, designs.compare, designs.verify, designs.graph,
-    designs.schema, models.absorb, models.show_, models.apply_, models.export, models.generate, models.demo,
-):  # fmt: skip
-    app.command(command.__name__.rstrip("_"))(command)

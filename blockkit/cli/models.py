@@ -17,7 +17,11 @@ from .options import (
     ModelPath,
     StrategyName,
     TextOption,
+    files_of,
+    model_files,
+    require_apart,
     require_known,
+    require_one_stdin,
     require_writable,
     text_of,
 )
@@ -45,9 +49,11 @@ def absorb(
     require_known("--tokens", tokens, MODES)
     if strategy is not None:
         require_known("--strategy", strategy, STRATEGIES)
-    texts = text_of("--context", context), text_of("--query", query)
+    require_one_stdin(context, query)
     if out is not None:
+        require_apart(out, "--out", [*model_files(model), *files_of(context, query)])
         require_writable(out)
+    texts = text_of("--context", context), text_of("--query", query)
     session = _open_session(model, backend, dtype)
     with progress() as report:
         found = session.absorb(*texts, tokens, strategy, report)
@@ -85,30 +91,25 @@ def apply_(
     model: ModelPath,
     patch: Annotated[Path, typer.Option(help="A patch file that `absorb --out` wrote.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist, or be empty.")],
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Also into weights it was not made for; proves nothing then.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an ordinary Hugging Face checkpoint with the patch merged."""
+    """Write an ordinary Hugging Face checkpoint with the patch merged, and run what was written."""
     from ..checkpoint.model import open_checkpoint
     from ..patch.patch import Patch
+    from ..views.report import merged_json, merged_text
 
+    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
     loaded.require_mergeable()
     with progress() as report:
         opened = open_checkpoint(model, report)
-        report("writing the checkpoint", 0.0)
-        loaded.merge_into(opened, out)
-    first = loaded.context_length
-    result = {
-        "out": str(out),
-        "changed": sorted(loaded.changes),
-        "validity": loaded.validity,
-        "position_ids": [int(p) for p in loaded.position_ids[0]],
-    }
-    text = (
-        f"wrote {out} with {len(loaded.changes)} changed weights; {loaded.validity}\n"
-        f"run it on the query alone, with position_ids from {first} to {first + len(loaded.query) - 1}"
-    )
-    show(result, text, as_json)
+        report("writing the checkpoint, and running it", 0.0)
+        merged = loaded.merge_into(opened, out, allow_other_weights)
+    result = merged_json(merged, loaded, out)
+    show(result, merged_text(result), as_json)
 
 
 def export(
@@ -124,6 +125,7 @@ def export(
     from ..views.report import adapter_json, adapter_text
 
     require_known("--format", format_, FORMATS)
+    require_apart(out, "--out", [*model_files(model), patch])
     loaded = Patch.load(patch)
     with progress() as report:
         found = export_peft(loaded, out, model, report)
@@ -146,6 +148,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     metrics: Annotated[Path | None, typer.Option(help="Write all measurements to this .json or .csv file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the errors into this .png, .svg or .pdf file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the patch to this file: --tokens all the finished one, each the last.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate with the prompt as context, and with the prompt absorbed into the weights, token by token."""
@@ -160,13 +165,17 @@ def generate(
         require_known("--strategy", strategy, STRATEGIES)
     sampling = Sampling(temperature, top_k, top_p, seed)
     settings = generation.Settings(max_new_tokens, dtype, tokens, strategy, merge, sampling)
-    text = text_of("--prompt", prompt)
     for option, file, kinds in (("--metrics", metrics, report_.METRICS), ("--plot", plot, report_.PLOTS)):
         if file is not None:
             report_.require_suffix(option, file, kinds)
+            require_apart(file, option, [*model_files(model), *files_of(prompt)])
             require_writable(file, option)
     if plot is not None:
         require("matplotlib")
+    if out is not None:
+        require_apart(out, "--out", [*model_files(model), *files_of(prompt)])
+        require_writable(out)
+    text = text_of("--prompt", prompt)
 
     with progress() as report:
         run = generation.Run.open(model, text, settings, report)
@@ -184,7 +193,11 @@ def generate(
         report_.write_metrics(result, metrics)
     if plot is not None:
         report_.write_plot(result, plot)
-    show(result, f"\n{found.text}\n\n{report_.generated_text(result)}", as_json)
+    written = ""
+    if out is not None:
+        run.experiment.patch().save(out)
+        result["out"], written = str(out), f"\npatch written to {out}"
+    show(result, f"\n{found.text}\n\n{report_.generated_text(result)}{written}", as_json)
     raise typer.Exit(0 if found.faithful else 1)
 
 
@@ -214,6 +227,8 @@ def _open_session(model: str, backend: str | None, dtype: str) -> Session:
 
 def _faithful(result: dict[str, Any]) -> bool:
     """Whether the edited model's run is the contextual one, as far as that can be told at all."""
+    if result["stored"] is not None:  # changes rounded into 16 bits: the floor of a model that computes in them
+        return result["linf"] <= 2 * result["stored"]["floor_linf"]
     rounding = {"float64": 1e-15, "float32": 1e-6}.get(result["dtype"], 1e-2) * result["largest_logit"]
     return result["linf"] <= 10 * max(result["floor_linf"], rounding)
 

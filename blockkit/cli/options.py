@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -10,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checkpoint.cache import cache_root
 from ..errors import BadInput
 from ..planner.plan import STRATEGIES
 
+MOST_TEXT = 64 << 20
 DTYPES = ("float32", "float64", "bfloat16")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -67,25 +70,22 @@ BackendName = Annotated[
     typer.Option("--backend", help="numpy, jax, tensorflow or torch.", autocompletion=_begin(_backends)),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, float64 or bfloat16.", autocompletion=_begin(lambda: DTYPES))]
-TextOption = Annotated[str, typer.Option(help="The text, or @FILE.")]
+TextOption = Annotated[str, typer.Option(help="The text, @FILE, or - for standard input (@@ for a leading @).")]
 Own = Annotated[Path | None, typer.Option("--components", help="A Python file with components of your own.")]
 
 
 def text_of(option: str, value: str) -> str:
-    """The text itself, or the content of @FILE.
+    """The text itself, the content of @FILE, or what stands on standard input (-); @@ is a literal @ in front.
 
     Raises:
-        BadInput: it is empty, not text, or the file cannot be read.
+        BadInput: it is empty, not text, too long, or the file cannot be read.
     """
     found, where = value, option
-    if value.startswith("@"):
+    if value.startswith("@@"):
+        found = value[1:]
+    elif value == "-" or value.startswith("@"):
         where = f"{option} {value}"
-        try:
-            found = Path(value[1:]).expanduser().read_text(encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"{where}: cannot read the file: {getattr(error, 'strerror', None) or error}") from None
-        except ValueError:
-            raise BadInput(f"{where}: the file is not text (UTF-8)") from None
+        found = _decoded(_content(value, where), where)
     if any("\ud800" <= c <= "\udfff" for c in found):
         raise BadInput(f"{where} is not text (UTF-8)")
     if option == "--context" and not found.strip():
@@ -93,6 +93,76 @@ def text_of(option: str, value: str) -> str:
     if not found:
         raise BadInput(f"{where} is empty: the patch is made for its tokens")
     return found
+
+
+def _content(value: str, where: str) -> bytes:
+    """What a file or standard input holds, up to the bound."""
+    try:
+        if value == "-":
+            return sys.stdin.buffer.read(MOST_TEXT + 1)
+        with Path(value[1:]).expanduser().open("rb") as file:
+            return file.read(MOST_TEXT + 1)
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:  # ~somebody; a zero byte; no standard input
+        raise BadInput(f"{where}: cannot read the file: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _decoded(content: bytes, where: str) -> str:
+    """The text, without the byte order mark that some editors put before it; a line ends as in Python."""
+    if len(content) > MOST_TEXT:
+        raise BadInput(f"{where}: more than {MOST_TEXT >> 20} MiB, far longer than any model's window")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        raise BadInput(f"{where}: the file is not text (UTF-8)") from None
+
+
+def require_one_stdin(*values: str) -> None:
+    """Refuses two texts from standard input."""
+    if values.count("-") > 1:
+        raise BadInput("standard input (-) can be read once only; give the other text in another way")
+
+
+def files_of(*texts: str) -> list[Path]:
+    """The files among texts that may be @FILE."""
+    return [Path(t[1:]) for t in texts if t.startswith("@") and not t.startswith("@@")]
+
+
+def model_files(model: str | None) -> list[Path]:
+    """What a model is read from: its file or folder, and what is converted of others."""
+    return [] if model is None else [Path(model), cache_root() / "models"]
+
+
+def spec_files(spec: str) -> list[Path]:
+    """What a spec may be read from."""
+    return [Path(spec.removeprefix("hf:"))]
+
+
+def require_apart(out: Path, option: str, inputs: Iterable[Path | None]) -> None:
+    """Refuses an output that is an input, by any name or link, or would lie inside a folder that is one.
+
+    Raises:
+        BadInput: it is or does.
+    """
+    target = _real(out)
+    for given in inputs:
+        if given is None or (source := _real(given)) is None or target is None or not source.exists():
+            continue
+        if target == source or (source.is_dir() and target.is_relative_to(source)):
+            raise BadInput(
+                f"{option} {out} would overwrite, or lie inside, {given}, which is read; choose another place"
+            )
+        if target.is_file():
+            for file in [source, *(source.iterdir() if source.is_dir() else ())]:
+                if file.exists() and file.samefile(target):
+                    raise BadInput(f"{option} {out} is the same file as {file}, which is read; choose another place")
+
+
+def _real(path: Path) -> Path | None:
+    """The path without links; None for what is no path at all, which others refuse."""
+    try:
+        return path.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def require_known(option: str, value: str, allowed: Iterable[str]) -> None:
@@ -129,13 +199,14 @@ def own_components(file: Path | None) -> tuple[Any, ...]:
 
 def require_writable(out: Path, option: str = "--out") -> None:
     """Finds out before the work, not after it."""
-    if out.is_dir():
-        raise BadInput(f"{option} {out} is a folder; give a file")
-    if out.exists() and not out.is_file():
-        raise BadInput(f"{option} {out} is not an ordinary file")
     try:
-        with tempfile.TemporaryFile(dir=out.parent):
+        if out.is_dir():
+            raise BadInput(f"{option} {out} is a folder; give a file")
+        if out.exists() and not out.is_file():
+            raise BadInput(f"{option} {out} is not an ordinary file")
+        folder = out.resolve().parent
+        with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        why = error.strerror or error
-        raise BadInput(f"{option} {out}: cannot write into the folder {out.parent}: {why}") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{option} {out!s:.300}: cannot write into the folder {out.parent!s:.300}: {why}") from None

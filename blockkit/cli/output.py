@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import BadInput
+
 
 def printable(text: str, most: int | None = None) -> str:
     """Text for a terminal: what could control it is written as an escape, the middle of a long text left out."""
@@ -24,7 +26,15 @@ def show(result: Any, text: str, as_json: bool) -> None:
     try:
         print(json.dumps(result) if as_json else printable(text), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
+    except OSError as error:  # as where the disk is full
+        _close_stdout()
+        raise BadInput(f"cannot write the result: {error.strerror or error}") from None
+
+
+def _close_stdout() -> None:
+    """Nothing more is written there, not even what is still held back for it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -42,7 +52,7 @@ def progress() -> Iterator[Any]:
         def report(stage: str, fraction: float) -> None:
             nonlocal seen
             if stage != seen and not console.is_terminal:
-                print(stage, file=sys.stderr, flush=True)
+                print(printable(stage), file=sys.stderr, flush=True)
             seen = stage
             bar.update(task, description=stage, completed=fraction)
 

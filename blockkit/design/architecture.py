@@ -13,6 +13,7 @@ from ..errors import BadInput
 from ..graph.graph import Graph, globs, listed, suggest
 from ..graph.sizes import Size
 from .components import Component, Number, Stream, inputs_of, lower, with_inputs
+from .components.fields import require_fields, require_signal
 from .documents import Place, placed
 
 
@@ -30,6 +31,9 @@ class Block:
         input: the name of the residual stream.
         tied: globs of parameters (one or several) that are also used outside one block, so may not move.
         frozen: globs of parameters that may not move because the designer says so.
+
+    Raises:
+        BadInput: two components have one name, or the output is none of them.
     """
 
     output: Any
@@ -54,6 +58,9 @@ class Block:
             output, nodes, stream = _flatten(self.output)
             for key, value in (("output", output), ("nodes", nodes), ("input", stream)):
                 object.__setattr__(self, key, value)
+        require_signal(self.output, "a block's output is", Component)
+        if self.place is None:  # what is read from a document is checked there, line by line
+            require_fields(self)
         if self.output not in self.nodes:
             raise BadInput(f"the output {self.output!r} is no component{suggest(self.output, self.nodes)}")
 
@@ -142,6 +149,9 @@ class Embedding:
     scale: Number | None = None
     positions: int | str | None = None
 
+    def __post_init__(self) -> None:
+        require_fields(self)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -158,6 +168,9 @@ class Head:
     bias: bool = False
     scale: Number | None = None
 
+    def __post_init__(self) -> None:
+        require_fields(self)
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -165,6 +178,9 @@ class Layers:
 
     pattern: tuple[str, ...]
     count: int | str
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,9 @@ class Architecture:
         constants: numbers for the symbols used in sizes and settings.
         components: the composites that the blocks use, as they are written (see `blockkit.design.vocabulary`).
         context_length: the longest sequence the model was made for.
+
+    Raises:
+        BadInput: there is no block, or the layers do not fit the blocks.
     """
 
     name: str
@@ -217,6 +236,7 @@ class Architecture:
         return picture(self)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if not self.blocks:
             raise BadInput(f"architecture {self.name!r} has no blocks")
         for kind in self.layers.pattern if self.layers else ():
@@ -231,6 +251,11 @@ class Architecture:
         return None if found is None or isinstance(found, str) else float(found)
 
     def size(self, value: int | str) -> Size:
+        """A size with the known constants put in.
+
+        Raises:
+            BadInput: the text is not a size.
+        """
         return Size.of(value).bind(self.constants)
 
     @cached_property
@@ -239,6 +264,11 @@ class Architecture:
         return {kind: self.graph_of(block) for kind, block in self.blocks.items()}
 
     def graph_of(self, block: Block) -> Graph:
+        """The graph of one block, with all known constants put in.
+
+        Raises:
+            BadInput: see `Block.graph`.
+        """
         return replace(block, width=self.width).graph(self.constants)
 
     @cached_property
@@ -247,6 +277,11 @@ class Architecture:
         return self.size(self.layers.count).known if self.layers else None
 
     def kind_at(self, layer: int) -> str:
+        """The kind of the block that stands in a layer, counted from 0.
+
+        Raises:
+            BadInput: the architecture does not say which block stands where.
+        """
         if self.layers is None:
             raise BadInput(f"{self.name} does not say which block stands in which layer (give `layers`)")
         return self.layers.pattern[layer % len(self.layers.pattern)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import Any
 from ..errors import BadInput
 from ..graph.graph import nearest
 from ..graph.sizes import Size
+from ..json_reader import DEEPEST, MOST_BYTES, MOST_VALUES, NotJson, parse_json
 
-MOST_JSON_BYTES = 32 << 20
 MOST_YAML_BYTES = 4 << 20  # YAML takes a hundred times longer to read than JSON
 MOST_YAML_VALUES = 100_000
 LONGEST_LINE = 200_000
-MOST_VALUES = 3_000_000
+_BRACKETS = re.compile(r"[\[\]{}]")
 MOST_INTEGER = 10**18
-DEEPEST = 100
 _USE_JSON = "that takes minutes to read; write it as JSON"
 
 
@@ -69,7 +68,7 @@ def read_document(path: Path, finite: bool = True) -> tuple[Any, Place]:
     if not path.is_file():
         raise BadInput(f"{path} is not an ordinary file" if path.exists() else f"no such file: {path}")
     with path.open("rb") as file:
-        content = file.read(MOST_JSON_BYTES + 1)
+        content = file.read(MOST_BYTES + 1)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -79,8 +78,8 @@ def read_document(path: Path, finite: bool = True) -> tuple[Any, Place]:
 
 def parse_document(text: str, source: str, finite: bool = True) -> tuple[Any, Place]:
     """Parses YAML (of which JSON is a part); see `read_document`."""
-    if len(text) > MOST_JSON_BYTES:
-        raise BadInput(f"{source} is larger than {MOST_JSON_BYTES >> 20} MiB; a spec is a small text file")
+    if len(text) > MOST_BYTES:
+        raise BadInput(f"{source} is larger than {MOST_BYTES >> 20} MiB; a spec is a small text file")
     try:
         found = _parsed_json(text, source) if text.lstrip().startswith("{") else None
         found = found if found is not None else _parsed_yaml(text, source)
@@ -92,16 +91,11 @@ def parse_document(text: str, source: str, finite: bool = True) -> tuple[Any, Pl
 def _parsed_json(text: str, source: str) -> Any:
     """None where the text is not JSON and may still be YAML in braces."""
     try:
-        return json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
+        return parse_json(text, source, finite=False)
+    except NotJson:
         if source.endswith(".json"):
-            where = f"line {error.lineno}, column {error.colno}"
-            raise BadInput(f"{source}, {where}: malformed JSON: {error.msg}") from None
+            raise
         return None
-    except BadInput as error:
-        raise BadInput(f"{source}: malformed JSON: {error}") from None
-    except ValueError as error:
-        raise BadInput(f"{source}: malformed JSON: {str(error).partition(';')[0]}") from None
 
 
 def _parsed_yaml(text: str, source: str) -> Any:
@@ -114,6 +108,12 @@ def _parsed_yaml(text: str, source: str) -> Any:
     for number, line in enumerate(text.split("\n"), 1):
         if len(line) > LONGEST_LINE:
             raise BadInput(f"{source}, line {number}: longer than {LONGEST_LINE:,} characters; {_USE_JSON}")
+
+    depth = 0
+    for bracket in _BRACKETS.findall(text):  # the scanner's time grows with the square of the depth
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        if depth > 2 * DEEPEST:  # some may stand in texts and comments
+            raise BadInput(f"{source}: nested too deeply for a spec (at most {DEEPEST} levels)")
 
     class Counting(Composer):
         """Ends the reading of a file that would take minutes."""
@@ -135,9 +135,19 @@ def _parsed_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise BadInput(f"{source}{where}: malformed YAML: {error.problem or error.context}") from None
-    except (YAMLError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (
+        YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        NotImplementedError,
+    ) as error:
         said = " ".join(str(error).partition(";")[0].split())  # also what its readers of dates and tags let through
-        raise BadInput(f"{source}: malformed YAML: {said}") from None
+        raise BadInput(
+            f"{source}: malformed YAML: a value does not fit its type ({said or type(error).__name__})"
+        ) from None
 
 
 def _bounded(document: Any, source: str, finite: bool) -> Any:
@@ -189,16 +199,6 @@ def _place_of(wanted: Any, document: Any, source: str) -> Place:
         elif isinstance(place.node, list):
             stack.extend(place.at(str(i), v) for i, v in enumerate(place.node))
     return Place(source)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, every key of which is given once."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise BadInput(f"the key {twice!r} is given twice in one object")
-    return found
 
 
 def mapping(value: Any, place: Place) -> Mapping[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..errors import BadInput
+
 Array = Any  # whatever the backend computes with
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -143,6 +145,39 @@ class NumpyArrays:
 
     def jit(self, function: Fn) -> Fn:
         return function
+
+
+class NarrowArrays(NumpyArrays):
+    """NumPy in 16 bits: every operation works in float32 and rounds its result, as accelerators do."""
+
+    def linear(self, z: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return self.matmul(z, weight.T)
+
+    def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if a.dtype.itemsize > 2 or b.dtype.itemsize > 2:
+            return a @ b
+        return np.asarray(a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype)
+
+    def mean(self, value: np.ndarray) -> np.ndarray:
+        return np.mean(value, axis=-1, keepdims=True, dtype=np.float32).astype(value.dtype)
+
+    def softmax(self, value: np.ndarray) -> np.ndarray:
+        return super().softmax(value.astype(np.float32)).astype(value.dtype)
+
+
+def numpy_arrays(dtype: str) -> NumpyArrays:
+    """The NumPy implementation for a dtype; with it, NumPy knows `bfloat16` by name.
+
+    Raises:
+        BadInput: a dtype that it does not have.
+    """
+    if dtype in ("float32", "float64"):
+        return NumpyArrays()
+    if dtype not in ("bfloat16", "float16"):
+        raise BadInput(f"the numpy backend runs in float32, float64, bfloat16 or float16, not {dtype}")
+    import ml_dtypes  # noqa: F401, registers it
+
+    return NarrowArrays()
 
 
 def wide_dtype(dtype: str) -> str:

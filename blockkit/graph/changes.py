@@ -7,6 +7,7 @@ rounds W + U^T V to the weight's dtype first, as a saved checkpoint would.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,3 +121,16 @@ def added(xp: Arrays, z: Array, change: MatrixChange) -> Array:
     if change.per_token:
         return xp.mean(z * change.right) * int(z.shape[-1]) * change.left
     return xp.matmul(xp.linear(z, change.right), change.left)
+
+
+def parts(change: Change) -> tuple[np.ndarray, ...]:
+    """The arrays that a change consists of."""
+    return (change.left, change.right) if isinstance(change, MatrixChange) else (change.delta,)
+
+
+def digest(change: Change) -> bytes:
+    """A hash of a change's numbers, in float32."""
+    found = hashlib.sha256()
+    for part in parts(change):
+        found.update(np.ascontiguousarray(part, np.float32).tobytes())
+    return found.digest()

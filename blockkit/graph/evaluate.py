@@ -36,6 +36,7 @@ def evaluate(
     packing: Packing,
     overlay: Overlay | None = None,
     mixer: Mixer | None = None,
+    held: str | None = None,
 ) -> dict[str, Array]:
     """The values `[tokens, width]` of the nodes in `wants`.
 
@@ -43,6 +44,7 @@ def evaluate(
         known: values that are given: the input's, and of any node that need not be computed again.
         overlay: changes that are kept beside their parameters, as factors.
         mixer: computes mixing nodes in place of their own forward.
+        held: the dtype to which every node's value is rounded, where the arrays' own arithmetic may widen it.
     """
     wants = tuple(wants)
     values: dict[str, Any] = dict(known)
@@ -58,6 +60,8 @@ def evaluate(
             values[node.name] = changed_forward(xp, node, args, packing, changed[0], change)
         else:
             values[node.name] = node.op.forward(xp, args, packing)
+        if held is not None:
+            values[node.name] = xp.cast(values[node.name], held)
         for a in set(node.args) & values.keys():  # let go of what nobody reads any more
             if last_read[a] == i and a not in wants:
                 del values[a]

@@ -39,6 +39,7 @@ class Parameter:
 
     @property
     def numbers(self) -> Size:
+        """How many numbers it holds."""
         return self.shape[0] if len(self.shape) == 1 else self.shape[0] * self.shape[1]
 
 
@@ -98,14 +99,17 @@ class Graph:
 
     @cached_property
     def node(self) -> dict[str, Node]:
+        """The nodes by name."""
         return {n.name: n for n in self.nodes}
 
     @cached_property
     def parameter(self) -> dict[str, Parameter]:
+        """The parameters by name."""
         return {p.name: p for p in self.parameters}
 
     @cached_property
     def index(self) -> dict[str, int]:
+        """The place of every node in the order of evaluation."""
         return {n.name: i for i, n in enumerate(self.nodes)}
 
     @cached_property
@@ -146,6 +150,7 @@ class Graph:
         return frozenset(found)
 
     def arguments(self, node: Node) -> tuple[Argument, ...]:
+        """What the node's operation knows of its arguments: their shapes, and which are parameters."""
         return self._arguments[node.name]
 
     @cached_property

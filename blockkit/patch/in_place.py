@@ -52,17 +52,19 @@ class Receipt:
     Attributes:
         parameters: all that were changed.
         validity: for which tokens the edited model is exact, in words.
+        proved: whether just these changes were measured on just these weights.
     """
 
     parameters: tuple[ChangedParameter, ...]
     validity: str
+    proved: bool = True
 
     __repr__ = short
 
     @property
     def exact(self) -> bool:
-        """Whether every parameter, read back from the model, is what it was meant to be."""
-        return all(p.residual == 0 for p in self.parameters)
+        """Whether the edit is one that was proved, and every parameter, read back, is what it was meant to be."""
+        return self.proved and all(p.residual == 0 for p in self.parameters)
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "dtype", "how", "largest", "norm", "read back")]
@@ -116,15 +118,16 @@ class InPlace(Protocol[P]):
         """Refuses a model for which the patch was not made.
 
         Raises:
-            BadInput: its class, a parameter's name or shape, or the weights that change differ.
+            BadInput: its class, a parameter's name or shape, or any of its values differ.
         """
         ...
 
-    def apply(self, patch: P, model: Any, merge: bool) -> Receipt:
+    def apply(self, patch: P, model: Any, merge: bool, allow_other_weights: bool = False) -> Receipt:
         """Puts the patch on the model, or leaves the model wholly as it was.
 
         Args:
             merge: into the weights; False keeps the changes beside them, as factors.
+            allow_other_weights: on other values than it was made for too; the receipt then claims nothing.
 
         Raises:
             BadInput: the patch is not for this model, or a parameter cannot be changed.

@@ -33,12 +33,19 @@ TOLERANCE = 1e-3  # how far off the reloaded adapter may be, of what the patch d
 
 @dataclass(frozen=True)
 class Rerun:
-    """Logits `[batch, tokens, vocabulary]` of a model on the patch's query, and the rounding unit of its dtype."""
+    """Logits `[batch, tokens, vocabulary]` of a model on the patch's query, and the rounding unit of its dtype.
+
+    Attributes:
+        causal: whether the model is a causal language model with a head, as a run of it shows.
+        name: what its configuration calls it; empty where that says nothing.
+    """
 
     unpatched: np.ndarray
     patched: np.ndarray
     reloaded: np.ndarray
     rounding: float
+    causal: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,12 @@ def export_peft(patch: Patch, out: str | Path, model: Any = None, progress: Prog
     changes = module_changes(patch)
     base = _base(patch, model, progress)
     with new_folder(Path(out)) as partial:
-        (partial / "adapter_config.json").write_text(json.dumps(_config(patch, changes, base), indent=2) + "\n")
+        _write_config(partial, patch, changes, None)
         (partial / "adapter_model.safetensors").write_bytes(_weights(patch, changes))
-        measured = None if base is None else _measured(_reloader()(patch, changes, base, partial), patch)
+        rerun = None if base is None else _reloader()(patch, changes, base, partial)
+        measured = None if rerun is None else _measured(rerun, patch)
+        _write_config(partial, patch, changes, rerun)
+        (partial / "README.md").write_text(_card(patch, rerun))
     ranks = {path: len(change.left) for path, change in changes.items()}
     return Adapter(Path(out), ranks, bool(patch.transposed), measured)
 
@@ -113,7 +123,12 @@ def _module(patch: Patch, slot: str, change: Change) -> str:
             "make one with tokens='last' or 'all', of one prompt"
         )
     name = slot if patch.tensors is None else patch.tensors.get(slot, "")
-    path, _, last = name.rpartition(".")
+    path, _, last = base_name(name).rpartition(".")
+    if (adapter := ADAPTER.search(name)) is not None:
+        raise NotPatchable(
+            f"{slot} is part of an adapter ({adapter[1]}) that lies on the model, and a LoRA changes the model's own "
+            "weights; absorb with freeze=['*lora_*'], or merge the adapter first (merge_and_unload)"
+        )
     if last == "weight" and path:
         return path
     if slot.endswith("]"):
@@ -121,6 +136,14 @@ def _module(patch: Patch, slot: str, change: Change) -> str:
     if patch.tensors is None:
         raise NotPatchable(f"{slot} is no module's .weight, and a LoRA changes nothing else")
     raise NotPatchable(f"{slot} is not the whole of one weight in its checkpoint, and a LoRA changes a whole weight")
+
+
+ADAPTER = re.compile(r"\.(lora_\w+|ia3_\w+|modules_to_save)\.")
+
+
+def base_name(name: str) -> str:
+    """The name that a parameter of a model within PEFT's wrappers has in the model itself."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _base(patch: Patch, model: Any, progress: Progress | None) -> Any:
@@ -141,15 +164,47 @@ def _base(patch: Patch, model: Any, progress: Progress | None) -> Any:
     return opened.folder.path
 
 
-def _config(patch: Patch, changes: Mapping[str, MatrixChange], base: Any) -> dict[str, Any]:
+def _write_config(folder: Path, patch: Patch, changes: Mapping[str, MatrixChange], run: Rerun | None) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(_config(patch, changes, run), indent=2) + "\n")
+
+
+def public_name(name: str) -> str | None:
+    """The name of a model that others can load, as an index has it; None for a path, and for what may be one."""
+    return name if PUBLIC.fullmatch(name) and not Path(name).exists() else None
+
+
+PUBLIC = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def _card(patch: Patch, run: Rerun | None) -> str:
+    """The adapter's `README.md`."""
+    base = None if run is None else public_name(run.name)
+    above = any(base_name(slot) != slot for slot in patch.changes)
+    lines = [
+        "# A context as a LoRA",
+        f"Made by blockkit: {patch.validity}. Run the model with it on the query alone, with the `position_ids` in "
+        "the header of `adapter_model.safetensors`.",
+    ]
+    if base is None:
+        why = "no model was given when it was written" if run is None else "the model has no public name"
+        lines.append(
+            f"`base_model_name_or_path` is null: {why}. Load the model yourself, then "
+            "`PeftModel.from_pretrained(model, folder)`."
+        )
+    if above:
+        lines.append("The model had adapters on it when the patch was made: put them on it beside this one.")
+    return "\n\n".join(lines) + "\n"
+
+
+def _config(patch: Patch, changes: Mapping[str, MatrixChange], run: Rerun | None) -> dict[str, Any]:
     """The content of `adapter_config.json`; the scale alpha / r of every module is 1."""
     ranks = {path: len(change.left) for path, change in changes.items()}
     most = max(ranks.values())
     other = {"^" + re.escape(path): rank for path, rank in ranks.items() if rank != most}  # `peft` reads patterns
     return {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": str(base) if isinstance(base, str | Path) else None,
+        "task_type": "CAUSAL_LM" if run is not None and run.causal else None,
+        "base_model_name_or_path": None if run is None else public_name(run.name),
         "inference_mode": True,
         "r": most,
         "lora_alpha": most,

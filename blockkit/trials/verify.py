@@ -63,34 +63,42 @@ class Verification:
 
     @property
     def worst(self) -> BlockTrial:
+        """The block with the largest relative error; one that could not be tried counts as the worst."""
         return max(self.blocks, key=lambda b: np.inf if b.relative_linf is None else b.relative_linf)
 
     @property
     def exact(self) -> bool:
+        """Whether every block was tried and is exact."""
         return not any(b.reason for b in self.blocks)
 
     @property
     def block(self) -> str:
+        """The kind of the worst block."""
         return self.worst.block
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """The parameters that the worst block's plan moved."""
         return self.worst.parameters
 
     @property
     def relative_linf(self) -> float | None:
+        """Its largest error over the largest value of the contextual output; None where nothing was run."""
         return self.worst.relative_linf
 
     @property
     def unpatched_relative(self) -> float | None:
+        """The same without a patch."""
         return self.worst.unpatched_relative
 
     @property
     def conditions(self) -> tuple[str, ...]:
+        """What must hold of the values for its plan to be exact, in words."""
         return self.worst.conditions
 
     @property
     def reason(self) -> str:
+        """Why the worst block is not exact; empty if it is."""
         return self.worst.reason
 
     def __repr__(self) -> str:

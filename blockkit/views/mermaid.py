@@ -6,7 +6,17 @@ from ..planner.plan import Plan
 from .drawing import Box, Form, Paint, draw
 from .svg import ACCENT, FILL, INK, PALE
 
-_ESCAPES = {"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;"}
+_ESCAPES = {
+    "#": "#35;",
+    '"': "#quot;",
+    "<": "#lt;",
+    ">": "#gt;",
+    "&": "#amp;",
+    "`": "#96;",
+    "%": "#37;",
+    "'": "#39;",
+    ";": "#59;",
+}
 
 
 def mermaid(plan: Plan) -> str:

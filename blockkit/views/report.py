@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..checkpoint.tokenizer import Tokenizer
 from ..comparison import Comparison, Side
 from ..design import catalog
 from ..graph.changes import Change, MatrixChange
-from ..patch.patch import Patch
+from ..patch.patch import Merged, Patch
 from ..patch.peft import Adapter
 from ..planner.explain import RULES, Explanation, derivation
 from ..planner.plan import Plan
@@ -187,10 +188,45 @@ def absorbed_json(result: Result, backend: str, dtype: str) -> dict[str, Any]:
         "top1_agree": measured.top1_agree,
         "floor_linf": reference.floor.linf,
         "floor_top1_agree": reference.floor.top1_agree,
+        "stored": _stored_json(result.patch),
         "residual_by_block": list(absorbed.residual_by_block),
         "plan": {kind: plan_json(plan) for kind, plan in absorbed.plans.items()},
         "seconds": {k: round(v, 4) for k, v in seconds.items()},
     }
+
+
+def _stored_json(patch: Patch) -> dict[str, Any] | None:
+    """The recompute floor in the dtype of 16 bits that the model is stored in, where it runs in a wider one."""
+    narrow = [dtype for dtype in patch.floors if dtype != patch.dtype]
+    return {"dtype": narrow[0], "floor_linf": patch.floors[narrow[0]]} if narrow else None
+
+
+def merged_json(merged: Merged, patch: Patch, out: Path) -> dict[str, Any]:
+    """The JSON object of `apply`."""
+    proved = merged.proved
+    return {
+        "out": str(out),
+        "changed": sorted(patch.changes),
+        "validity": merged.validity,
+        "proved": proved is not None and proved.exact,
+        "linf": dict(proved.linf) if proved else None,
+        "floor_linf": proved.floor if proved else None,
+        "floor_dtype": proved.dtype if proved else None,
+        "position_ids": [int(p) for p in patch.position_ids[0]],
+    }
+
+
+def merged_text(result: Mapping[str, Any]) -> str:
+    """What was written, and how far its own run is from the contextual logits."""
+    first, last = result["position_ids"][0], result["position_ids"][-1]
+    lines = [f"wrote {result['out']} with {len(result['changed'])} changed weights; {result['validity']}"]
+    if result["linf"] is not None:
+        runs = ", ".join(f"{linf:.3g} in {dtype}" for dtype, linf in result["linf"].items())
+        floor = result["floor_linf"]
+        against = f" (recompute floor in {result['floor_dtype']}: {floor:.3g})" if floor is not None else ""
+        lines.append(f"run from the written files, its logits are off by {runs}{against}")
+    lines.append(f"run it on the query alone, with position_ids from {first} to {last}")
+    return "\n".join(lines)
 
 
 def absorbed_text(result: Mapping[str, Any]) -> str:
@@ -207,6 +243,9 @@ def absorbed_text(result: Mapping[str, Any]) -> str:
     ]
     if result["mode"] == "each":
         rows.pop(2)
+    if result["stored"] is not None:
+        stored = result["stored"]
+        rows.append((f"recompute floor in {stored['dtype']}, as it is stored", f"{stored['floor_linf']:.3g}"))
     width = max(len(name) for name, _ in rows)
     lines = [
         f"{result['context_tokens']} context tokens absorbed, exact for {served} of the query "

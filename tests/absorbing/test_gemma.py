@@ -1,19 +1,20 @@
-"""The real Gemma 3 270M against `transformers`: logits, and the checkpoint that `apply` writes."""
+"""The real Gemma 3 270M: exact on every backend, and against `transformers` its logits and the edited checkpoint."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conformance import PROMPTS
+import records as suites
+from conformance import PROMPTS, Record
 
 pytestmark = [
     pytest.mark.gemma,
@@ -22,6 +23,7 @@ pytestmark = [
     ),
 ]
 
+BACKENDS = ("numpy", "jax", "tensorflow", "torch")
 CONTEXT = (
     "Field notes, 14 March. The lighthouse on Skarv island is kept by Ingrid Solberg, who has a grey parrot "
     "called Magnus. Every evening at six she climbs the tower and lights the lamp."
@@ -31,21 +33,6 @@ LONG = (
     " The sky is red, dusty and utterly boring again today, with winds of ninety kilometres an hour and no humans "
     "around to complain to about any of it, as usual, and the name of the parrot is"
 )
-DUMP = """
-import sys, numpy as np
-from blockkit.checkpoint import open_model
-from blockkit.opening import open_executor
-from blockkit.run import logits_of, run_stream
-from blockkit.weights import load_tokenizer, resolve_model
-folder = resolve_model("gemma3-270m")
-executor, tokenizer = open_executor(open_model(folder), sys.argv[1], "float32"), load_tokenizer(folder)
-found = {}
-for number, text in enumerate(open(sys.argv[2], encoding="utf-8").read().splitlines()):
-    ids = np.array(tokenizer.encode(text, special=True))
-    found[f"ids{number}"] = ids
-    found[f"logits{number}"] = logits_of(executor, run_stream(executor, ids, np.arange(len(ids))))
-np.savez(sys.argv[3], **found)
-"""
 
 
 @functools.cache
@@ -65,7 +52,7 @@ def logits(model: Any, ids: list[int], first: int = 0) -> np.ndarray:
 
     with torch.no_grad():
         at = torch.arange(first, first + len(ids))[None]
-        found: np.ndarray = model(torch.tensor([ids]), position_ids=at, use_cache=False).logits[0].numpy()
+        found: np.ndarray = model(torch.tensor([ids]), position_ids=at, use_cache=False).logits[0].float().numpy()
     return found
 
 
@@ -74,22 +61,41 @@ def cached_logits(model: Any, context: list[int], query: list[int]) -> np.ndarra
 
     with torch.no_grad():
         past = model(torch.tensor([context]), use_cache=True).past_key_values
-        found: np.ndarray = model(torch.tensor([query]), past_key_values=past).logits[0].numpy()
+        found: np.ndarray = model(torch.tensor([query]), past_key_values=past).logits[0].float().numpy()
     return found
 
 
-@pytest.mark.parametrize("backend", ["numpy", "jax", "tensorflow", "torch"])
-def test_logits_are_those_of_transformers(backend: str, tmp_path: Path) -> None:
-    if backend != "numpy" and find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
-    (tmp_path / "prompts").write_text("\n".join(PROMPTS), encoding="utf-8")
-    env = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    call = [sys.executable, "-c", DUMP, backend, str(tmp_path / "prompts"), str(tmp_path / "found.npz")]
-    subprocess.run(call, env=env, check=True, capture_output=True)
-    found = np.load(tmp_path / "found.npz")
-    for number in range(len(PROMPTS)):
-        wanted = logits(reference(), found[f"ids{number}"].tolist())
-        mine = found[f"logits{number}"]
+@functools.cache
+def wanted_logits(ids: tuple[int, ...]) -> np.ndarray:
+    return logits(reference(), list(ids))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, list[Record]]]:
+    """What a backend gives for the five prompts, absorbed and plain; one process for both."""
+    home = tmp_path_factory.mktemp("home")
+    return lambda backend: suites.records(backend, home, "gemma", f"logits={home}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_real_gemma_is_exact_to_twice_the_recompute_floor(
+    backend: str, records: Callable[[str], dict[str, list[Record]]]
+) -> None:
+    found = records(backend)["gemma"]
+    assert len(found) == 5 * 4
+    for r in found:
+        assert "error" not in r, r
+        assert r["unpatched"] > 10, r
+        assert r["linf"] <= 2 * r["floor"], r
+        assert r["top1"] == 1.0, r
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_are_those_of_transformers(backend: str, records: Callable[[str], dict[str, list[Record]]]) -> None:
+    found = records(backend)["logits"]
+    assert len(found) == len(PROMPTS)
+    for r in found:
+        wanted, mine = wanted_logits(tuple(r["ids"])), np.load(r["file"])
         assert np.abs(mine - wanted).max() <= 1e-3
         assert (mine.argmax(axis=-1) == wanted.argmax(axis=-1)).all()
 
@@ -140,3 +146,57 @@ def test_one_static_patch_serves_a_query_of_forty_tokens(tmp_path: Path) -> None
     # Another program rounds differently, and eighteen blocks amplify it: about two digits are lost (README).
     assert np.abs(found - wanted).max() <= 5e-3
     assert (found.argmax(axis=-1) == wanted.argmax(axis=-1)).all()
+
+
+# -- stored in bfloat16 ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma stored in bfloat16, as its own checkpoint is."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from blockkit.checkpoint.cache import resolve_model
+
+    source, out = resolve_model("gemma3-270m"), tmp_path_factory.mktemp("bfloat16")
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("strategy", ["paper", "minimal", "matrix", "stable"])
+def test_what_is_written_in_bfloat16_holds_in_transformers_or_is_refused(
+    narrow: Path, strategy: str, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    patch, out = tmp_path / "patch.safetensors", tmp_path / "edited"
+    texts = ("--context", CONTEXT, "--query", LAST, "--strategy", strategy, "--backend", "numpy")
+    call = [sys.executable, "-c", "from blockkit.cli.main import main; main()"]
+    absorbed = [*call, "absorb", "--model", narrow, *texts, "--out", patch]
+    done = subprocess.run(absorbed, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    applied = [*call, "apply", "--model", narrow, "--patch", patch, "--out", out]
+    done = subprocess.run(applied, capture_output=True, text=True)
+    if done.returncode:
+        assert done.returncode == 1 and "away from the contextual logits" in done.stderr and not out.exists()
+        assert strategy != "stable"  # the one that is there for it
+        return
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    context, query = tokenizer(CONTEXT)["input_ids"], tokenizer(LAST, add_special_tokens=False)["input_ids"]
+    narrowest = AutoModelForCausalLM.from_pretrained(narrow, dtype=torch.bfloat16).eval()
+    wanted = logits(narrowest, context + query)[-1]
+    floor = np.abs(cached_logits(narrowest, context, query)[-1] - wanted).max()
+    assert floor > 0
+    for dtype in (torch.bfloat16, torch.float32):
+        before, after = (AutoModelForCausalLM.from_pretrained(f, dtype=dtype).eval() for f in (narrow, out))
+        wanted = logits(before, context + query)[-1]
+        assert np.abs(logits(before, query, len(context))[-1] - wanted).max() > 10
+        assert np.abs(logits(after, query, len(context))[-1] - wanted).max() <= 2 * floor

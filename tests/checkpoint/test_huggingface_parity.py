@@ -8,32 +8,20 @@ from typing import Any
 import families
 import numpy as np
 import pytest
-from families import VOCABULARY, Pair
+from checkpoints import insist_that_slots_cover
+from families import GEMMA, GPT2, LLAMA, VOCABULARY, Pair
 from safetensors.numpy import load_file, save_file
 
 from blockkit.absorbing.executor import Executor, reference
 from blockkit.absorbing.run import fill_cache, logits_of, run_stream
 from blockkit.checkpoint.configuration import supported
 from blockkit.checkpoint.folder import open_folder, write_folder
-from blockkit.checkpoint.model import Model, architecture_from_config, open_model, slots
+from blockkit.checkpoint.model import architecture_from_config, open_model
 from blockkit.errors import BadInput
 
 LIMIT = 1e-10  # largest difference of two logits in float64; they are of order 1
 TOKENS, OFFSET = 12, 17
 
-GEMMA: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 7,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8,
-    "sliding_window": 5, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
-}  # fmt: skip
-LLAMA: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-GPT2: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 FULL_LINEAR = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
@@ -418,15 +406,3 @@ def test_gpt2_opens_without_the_prefix(pairs: Callable[[str], Pair], tmp_path: P
 def test_slots_and_tensors_are_one_to_one(case: str, pairs: Callable[[str], Pair]) -> None:
     """Every value of the file is in one slot, and a slot's values go back to where they came from."""
     insist_that_slots_cover(open_model(pairs(case).path))
-
-
-def insist_that_slots_cover(model: Model, uncovered: int = 0) -> None:
-    """The slots read and write every value of the file but `uncovered` ones, each in one place."""
-    values = {slot: model.parameter(slot) for slot, _ in slots(model.architecture)}
-    assert all(values[slot].shape == shape for slot, shape in slots(model.architecture))
-    back = model.rewritten(values)
-    assert back.keys() == model.folder.shapes.keys()
-    assert all(np.array_equal(value, model.folder.tensor(name)) for name, value in back.items())
-    marked = model.rewritten({slot: np.full(value.shape, np.nan) for slot, value in values.items()})
-    assert sum(int(np.isfinite(value).sum()) for value in marked.values()) == uncovered
-    assert sum(value.size for value in values.values()) + uncovered == sum(value.size for value in marked.values())

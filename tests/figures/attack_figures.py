@@ -1,6 +1,8 @@
-"""The README's attack table: random designs judged, carried out and attacked, in several processes.
+"""The handbook's table of the attack: random designs judged, carried out and attacked, in several processes.
 
-python tests/attack_figures.py [DESIGNS]        (or: make attack)
+python tests/figures/attack_figures.py [DESIGNS] [--write]        (or: make attack)
+
+--write puts the tables into the handbook's data.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # before NumPy: the work is split over processes
 
 import attack  # noqa: E402
+import results  # noqa: E402
 from designs import seeded, shown  # noqa: E402
 
 
@@ -24,7 +27,8 @@ def examined(seed: int) -> tuple[int, attack.Record]:
     return seed, attack.examine(seeded(seed), seed)
 
 
-def table(records: Iterable[tuple[int, attack.Record]]) -> None:
+def tables(records: Iterable[tuple[int, attack.Record]]) -> tuple[list[results.Table], str]:
+    """What came of the designs, and the least error that the solver left on a no."""
     answers: Counter[str] = Counter()
     aside: Counter[str] = Counter()
     why: dict[str, Counter[str]] = {}
@@ -46,29 +50,33 @@ def table(records: Iterable[tuple[int, attack.Record]]) -> None:
         return f"{part} ({part / (whole or 1):.2%})"
 
     shares = (share(answers[a], count) for a in ("yes", "no", "open", "unknown"))
-    _rows(
-        ("designs", "yes", "no", "open condition", "unknown", "wrong answers"), [(str(count), *shares, str(len(wrong)))]
-    )
-    _rows(("plans run for a yes", "worst relative L-inf", *aside),
-          [(str(runs), f"{worst:.1e}", *(share(n, runs) for n in aside.values()))])  # fmt: skip
-    print(f"Least error that the solver left on the hardest context of a no: {least:.1e}.\n")
-    _rows(("unknown because of", "designs", *attack.OUTCOMES),
-          [(kind, share(found.total(), count), *(str(found[o]) for o in attack.OUTCOMES))
-           for kind, found in sorted(why.items(), key=lambda item: -item[1].total())])  # fmt: skip
+    answered = results.Table.of(
+        ("designs", "yes", "no", "open condition", "unknown", "wrong answers"),
+        [(str(count), *shares, str(len(wrong)))], "Answers",
+    )  # fmt: skip
+    carried = results.Table.of(
+        ("plans run for a yes", "worst relative L-inf", *aside),
+        [(str(runs), f"{worst:.1e}", *(share(n, runs) for n in aside.values()))], "Plans run for a yes",
+    )  # fmt: skip
+    hidden = results.Table.of(
+        ("unknown because of", "designs", *attack.OUTCOMES),
+        [(kind, share(found.total(), count), *(str(found[o]) for o in attack.OUTCOMES))
+         for kind, found in sorted(why.items(), key=lambda item: -item[1].total())], "What an unknown hides",
+    )  # fmt: skip
     for seed, record in wrong[:20]:
         print(f"seed {seed}: {record.answer} {record.faults[:1]} {shown(dict(record.document))}", file=sys.stderr)
-
-
-def _rows(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    for row in (heads, ("---",) * len(heads), *rows):
-        print(f"| {' | '.join(row)} |")
-    print()
+    note = f"Least error that the solver left on the hardest context of a no: {least:.1e}."
+    return [answered, carried, hidden], note
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+    asked = [a for a in sys.argv[1:] if a != "--write"]
+    count = int(asked[0]) if asked else 20_000
     with ProcessPoolExecutor() as pool:
-        table(pool.map(examined, range(count), chunksize=50))
+        made, note = tables(pool.map(examined, range(count), chunksize=50))
+    print(*made, note, sep="\n\n")
+    if "--write" in sys.argv:
+        results.write("attack", made, [note])
 
 
 if __name__ == "__main__":

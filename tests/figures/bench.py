@@ -1,10 +1,11 @@
 """Speed and memory of absorbing a 500-token context, against one plain contextual forward.
 
-    python tests/bench.py [BACKEND ...]        (or: make bench)
+    python tests/figures/bench.py [--write] [BACKEND ...]        (or: make bench)
 
 For each backend a fresh process runs both in turn, A B A B ..., after a warm-up of each (compilation is
 not counted), and prints the median seconds and their ratio; peak memory comes from two more processes,
 one that only runs the forward and one that only absorbs. Both sides compute logits for the query alone.
+--write puts the table into the handbook's data.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import results
+
 CONTEXT_TOKENS, QUERY_TOKENS, RUNS = 500, 10, 7
 STRATEGIES = ("stable", "minimal", "matrix", "paper")
+BACKENDS = ("numpy", "jax", "tensorflow", "torch")
+HEAD = ("backend", "strategy", "forward", "absorb", "ratio", "peak memory, ratio")
 
 
 def prepare(backend: str) -> tuple[Callable[[], Any], Callable[[str], Any]]:
@@ -92,17 +97,19 @@ def main() -> None:
         backend, what = sys.argv[2:]
         print(json.dumps(timed(backend) if what == "time" else peak(backend, what)))
         return
-    chosen = sys.argv[1:] or [b for b in ("numpy", "jax", "tensorflow", "torch") if b == "numpy" or find_spec(b)]
-    print(
-        f"{CONTEXT_TOKENS} context tokens, {QUERY_TOKENS} query tokens, Gemma 3 270M, float32, {os.cpu_count()} cores"
-    )
-    for backend in chosen:
-        for strategy, row in child(backend, "time").items():
-            figures = f"forward {row['forward']:.2f} s  absorb {row['absorb']:.2f} s  ratio {row['ratio']:.2f}"
-            print(f"{backend:<11} {strategy:<8} {figures}", flush=True)
+    asked = [a for a in sys.argv[1:] if a != "--write"]
+    rows = []
+    for backend in asked or [b for b in BACKENDS if b == "numpy" or find_spec(b)]:
+        times = child(backend, "time")
         plain, absorbing = (child(backend, what)["mib"] for what in ("forward", "absorb"))
-        figures = f"forward {plain:.0f} MiB  absorb {absorbing:.0f} MiB  ratio {absorbing / plain:.2f}"
-        print(f"{backend:<11} peak memory: {figures}", flush=True)
+        for strategy, row in times.items():
+            measured = (f"{row['forward']:.2f} s", f"{row['absorb']:.2f} s", f"{row['ratio']:.2f}")
+            rows.append((backend, strategy, *measured, f"{absorbing / plain:.2f}"))
+            print(*rows[-1], file=sys.stderr, flush=True)
+    table = results.Table.of(HEAD, rows)
+    print(table)
+    if "--write" in sys.argv:
+        results.write("speed", [table], packages=[b for b in BACKENDS[1:] if find_spec(b)])
 
 
 if __name__ == "__main__":

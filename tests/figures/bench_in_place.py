@@ -1,11 +1,11 @@
 """Speed and memory of the in-place backend on the real Gemma 3 270M, 500 tokens of context, float32.
 
-    python tests/bench_in_place.py [--write]        (or: make bench-in-place)
+    python tests/figures/bench_in_place.py [--write]        (or: make bench-in-place)
 
 Absorbing (its proof included) is held against one plain contextual forward of the same tokens, a step of a growing
 patch and a step of a patched model against a plain step with a cache; all in one process, A B A B ..., best of several.
 Peak memory comes from processes of their own (Linux): absorbing against a plain contextual forward. --write puts the
-table into the README.
+table into the handbook's data.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import readme
+import results
 
 CONTEXT, RUNS, STEPS = 500, 7, 25
-START, END = "<!-- in-place -->", "<!-- /in-place -->"
+HEAD = ("what", "seconds", "against", "seconds", "ratio")
 PROSE = "Item {i} of the list is a {w}."
 
 
@@ -161,18 +161,16 @@ def main() -> None:
         ("growth step", steps["growth step"], "plain cached step", steps["step"]),
         ("patched step, factored", steps["patched step"], "plain cached step", steps["step"]),
     ]
-    lines = ["| what | seconds | against | seconds | ratio |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {what} | {mine:.3f} | {other} | {its:.3f} | {mine / its:.2f} |" for what, mine, other, its in rows]
+    shown = [(what, f"{mine:.3f}", other, f"{its:.3f}", f"{mine / its:.2f}") for what, mine, other, its in rows]
     ratio = absorbed["peak"] / forward["peak"]
-    lines += [
-        "",
+    memory = (
         f"Peak memory of absorbing: {absorbed['peak'] / 1e9:.2f} GB, of a plain contextual forward "
-        f"{forward['peak'] / 1e9:.2f} GB: ratio {ratio:.2f}; weights {absorbed['weights'] / 1e9:.2f} GB.",
-    ]
-    table = "\n".join(lines)
-    print(table)
+        f"{forward['peak'] / 1e9:.2f} GB: ratio {ratio:.2f}; weights {absorbed['weights'] / 1e9:.2f} GB."
+    )
+    table = results.Table.of(HEAD, shown)
+    print(f"{table}\n\n{memory}")
     if "--write" in sys.argv:
-        readme.write(START, END, table)
+        results.write("speed-in-place", [table], [memory], ("torch", "transformers"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""The README's table of Hugging Face families: a tiny random model of each against its own class.
+"""The handbook's table of Hugging Face families: a tiny random model of each against its own class.
 
-python tests/family_figures.py prints it (`make families`).
+python tests/figures/family_figures.py prints it; --write puts it into the handbook's data (`make families`).
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
 import families
 import numpy as np
-from test_families import CASES, IDS, POSITIONS, Family, relative
-from test_keras_model import python
+import results
+from family_cases import CASES, IDS, POSITIONS, Family, relative
+from processes import python
 
 from blockkit.absorbing.executor import reference
 from blockkit.absorbing.run import logits_of, run_stream
@@ -49,10 +51,10 @@ def main() -> None:
         np.save(folder / "ids.npy", IDS)
         checks = str(Path(families.__file__).with_name("family_checks.py"))
         python(checks, str(folder), *CASES, home=folder, KERAS_BACKEND="jax")
-        for line in (HEAD, ("---",) * len(HEAD)):
-            print(f"| {' | '.join(line)} |")
-        for family in made:
-            print(f"| {' | '.join(row(family, np.load(folder / f'{family.name}.npy')))} |", flush=True)
+        table = results.Table.of(HEAD, (row(family, np.load(folder / f"{family.name}.npy")) for family in made))
+    print(table)
+    if "--write" in sys.argv:
+        results.write("families", [table], packages=("transformers", "torch", "jax", "keras"))
 
 
 if __name__ == "__main__":

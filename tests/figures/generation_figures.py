@@ -1,9 +1,9 @@
-"""The README's table of generation: the paper's five prompts on the real Gemma 3 270M, 20 tokens each.
+"""The handbook's table of generation: the paper's five prompts on the real Gemma 3 270M, 20 tokens each.
 
-python tests/generation_figures.py [--tokens N] [--write]        (or: make generation)
+python tests/figures/generation_figures.py [--tokens N] [--write]        (or: make generation)
 
 Every run is kept in build/generation.json, so that what was broken off goes on where it stopped (remove it to
-measure anew); --write puts the table into the README.
+measure anew); --write puts the tables into the handbook's data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import readme
+import results
 import torch
 from conformance import PROMPTS
 from transformers import AutoModelForCausalLM
@@ -30,7 +30,6 @@ from blockkit.errors import BlockkitError
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "generation.json"
-START, END = "<!-- generation -->", "<!-- /generation -->"
 DTYPES, MODES, MERGES = ("float32", "bfloat16"), ("each", "all"), (False, True)
 PROSE = (
     "Field notes, 14 March. The lighthouse on Skarv island is kept by Ingrid Solberg, who has a grey parrot called "
@@ -114,11 +113,7 @@ def everything(count: int) -> dict[str, Record]:
     return found
 
 
-def tables(found: dict[str, Record], count: int) -> str:
-    return f"{main_table(found, count)}\n\n{long_table(found)}"
-
-
-def main_table(found: dict[str, Record], count: int) -> str:
+def main_table(found: dict[str, Record], count: int) -> results.Table:
     """A row for each dtype, mode and way to apply, over the five prompts."""
     head = ("dtype", "patch", "changes", "same token", "where the floor agrees", "L-inf", "TVD", "floor",
             "no patch, least", "finished weights: same token", "L-inf")  # fmt: skip
@@ -141,10 +136,10 @@ def main_table(found: dict[str, Record], count: int) -> str:
         linf, tvd, floor = (f"{max(s):.1e}" for s in sizes[:3])
         row += [f"{sum(agree)}/{len(agree)}", of(agree, stable), linf, tvd, floor, f"{min(sizes[3]):.1f}", *finished]
         rows.append(row)
-    return markdown(head, rows)
+    return results.Table.of(head, rows, "The five prompts")
 
 
-def long_table(found: dict[str, Record]) -> str:
+def long_table(found: dict[str, Record]) -> results.Table:
     """The query of 40 tokens: one static patch for all of it, and for 40 more."""
     head = ("dtype", "changes", "tokens", "one run of the finished weights: same token", "where the floor agrees",
             "L-inf", "TVD", "floor", "amplification")  # fmt: skip
@@ -160,7 +155,7 @@ def long_table(found: dict[str, Record]) -> str:
         row += [f"{sum(static['agree'])}/{len(static['agree'])}", of(static["agree"], stable)]
         row += [f"{n:.1e}" for n in (static["linf"], static["tvd"], max(record["floor"]))]
         rows.append([*row, f"{static['amplification']:.0f}" if grown > 1 else "-"])
-    return markdown(head, rows)
+    return results.Table.of(head, rows, "A query of 40 tokens")
 
 
 def of(agree: list[bool], stable: list[bool]) -> str:
@@ -168,22 +163,16 @@ def of(agree: list[bool], stable: list[bool]) -> str:
     return f"{sum(a for a, s in zip(agree, stable, strict=True) if s)}/{sum(stable)}"
 
 
-def markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [list(head), ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
-
-
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__)
     words.add_argument("--tokens", type=int, default=20)
-    words.add_argument("--write", action="store_true", help="put the tables into the README")
+    words.add_argument("--write", action="store_true", help="put the tables into the handbook's data")
     given = words.parse_args()
-    made = tables(everything(given.tokens), given.tokens)
-    print(made)
+    found = everything(given.tokens)
+    made = [main_table(found, given.tokens), long_table(found)]
+    print(*made, sep="\n\n")
     if given.write:
-        readme.write(START, END, made)
+        results.write("generation", made, packages=("transformers", "torch"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The zoo: every causal-LM class of the installed transformers, small and random, absorbs a context.
 
-python tests/zoo.py prints a table (`make zoo`); --write puts it into the README, --json prints all that was measured,
---list only builds and runs the classes, --only GLOB chooses some, --jobs N works on several at once.
+python tests/figures/zoo.py prints a table (`make zoo`); --write puts it into the handbook's data, --json prints all
+that was measured, --list only builds and runs the classes, --only GLOB chooses some, --jobs N works on several at once.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
 from typing import Any
 
-import readme
+import results
 import torch
 import transformers
 import zoo_models
 from zoo_runs import EQUAL, LEAST, WORST, Patched, Row, exact, examined
 
-START, END = "<!-- zoo -->", "<!-- /zoo -->"
 LIMIT = 120.0  # seconds for a class
 PRELOADED = ["torch.export", "transformers.models.llama.modeling_llama", "blockkit.backends.pytorch"]
 
@@ -83,11 +82,10 @@ HEAD = (
 LISTED = ("class", "numbers", "takes positions", "causal", "floor", "floor by", "seconds to build")
 
 
-def table(found: list[Row]) -> str:
+def tables(found: list[Row]) -> list[results.Table]:
     """Those that ran, then the rest with their reasons."""
     ran = [row for row in found if row.facts is not None]
-    lines = [HEAD, ("---",) * len(HEAD), *(_columns(row) for row in ran)]
-    return "\n\n".join([summary(found), _markdown(lines), *_reasons(found)])
+    return [results.Table.of(HEAD, (_columns(row) for row in ran)), *_reasons(found)]
 
 
 def summary(found: list[Row]) -> str:
@@ -110,7 +108,7 @@ def _outside(good: list[Row]) -> str:
 
 def listing(found: list[Row]) -> str:
     """What `--list` prints: how the classes run."""
-    lines: list[tuple[str, ...]] = [LISTED, ("---",) * len(LISTED)]
+    lines = []
     for row in found:
         if row.facts is not None:
             facts = row.facts
@@ -118,7 +116,12 @@ def listing(found: list[Row]) -> str:
             ways = ", ".join(facts.floors) or "rounding"
             seconds = str(row.seconds["build"])
             lines.append((f"`{row.name}`", f"{facts.parameters:,}", *flags, f"{facts.floor:.1e}", ways, seconds))
-    return "\n\n".join([_markdown(lines), *_reasons(found)])
+    return shown([results.Table.of(LISTED, lines), *_reasons(found)])
+
+
+def shown(made: list[results.Table]) -> str:
+    """The tables, each under its title."""
+    return "\n\n".join(f"{table.title}\n\n{table}".lstrip() for table in made)
 
 
 def _columns(row: Row) -> tuple[str, ...]:
@@ -139,18 +142,18 @@ def _columns(row: Row) -> tuple[str, ...]:
     return (f"`{row.name}`", blocks if row.blocks else "-", plan, *numbers, f"{facts.floor:.1e}", ways, answer)
 
 
-def _reasons(found: list[Row]) -> list[str]:
-    """Lists of the classes that are missing, of those not patched, and of runs that were no use as a floor."""
+def _reasons(found: list[Row]) -> list[results.Table]:
+    """Tables of the classes that are missing, of those not patched, and of runs that were no use as a floor."""
     unequal = [(row.name, row.facts.unequal) for row in found if row.facts is not None and row.facts.unequal]
     lists = {
-        "Not built, or not run on ids alone:": [(row.name, row.reason) for row in found if row.facts is None],
-        "Not patched:": [(row.name, _why(row)) for row in found if _why(row)],
-        "Left out of the floor, since the class's own runs differ by more than rounding:": [
+        "Not built, or not run on ids alone": [(row.name, row.reason) for row in found if row.facts is None],
+        "Not patched": [(row.name, _why(row)) for row in found if _why(row)],
+        "Left out of the floor, since the class's own runs differ by more than rounding": [
             (name, ", ".join(f"{way} {apart:.1e}" for way, apart in ways.items())) for name, ways in unequal
         ],
     }
     return [
-        f"{title}\n\n" + "\n".join(f"- `{name}`: {text}" for name, text in entries)
+        results.Table.of(("class", "reason"), ((f"`{name}`", text) for name, text in entries), title)
         for title, entries in lists.items()
         if entries
     ]
@@ -167,10 +170,6 @@ def _why(row: Row) -> str:
     if worst > WORST * floor:
         return f"a patched run is {worst / floor:.1f} x its floor away"
     return f"the unpatched run is only {(first.unpatched or 0) / floor:.0f} x its floor away"
-
-
-def _markdown(lines: list[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def as_json(found: list[Row]) -> dict[str, Any]:
@@ -190,15 +189,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for a class")
     parser.add_argument("--json", action="store_true", help="print all that was measured")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the table into the handbook's data")
     given = parser.parse_args()
     names = [name for name in zoo_models.classes() if fnmatchcase(name, given.only)]
-    if given.write:
-        readme.require(START, END)
     found = rows(names, not given.list, given.jobs, given.limit)
-    made = listing(found) if given.list else table(found)
+    made = listing(found) if given.list else f"{summary(found)}\n\n{shown(tables(found))}"
     if given.write and not given.list:
-        readme.write(START, END, made)
+        results.write("zoo", tables(found), [summary(found)], ("transformers", "torch"))
     print(json.dumps(as_json(found), indent=1) if given.json else made)
 
 

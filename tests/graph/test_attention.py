@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import attention_checks as checks
 import numpy as np
 import pytest
 from attention_checks import alone
+from processes import SMALL_MODELS, python
 
 from blockkit.design.architecture import Block
 from blockkit.design.components import Attention, Linear, RopeSettings, stream
@@ -165,13 +163,8 @@ def test_jax_computes_the_same(tmp_path: Path) -> None:
     for module in ("keras", "jax"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "KERAS_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, checks.__file__], env={**os.environ, **quiet, "KERAS_BACKEND": "jax"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    out = python(checks.__file__, home=tmp_path, KERAS_BACKEND="jax", **SMALL_MODELS)
+    found = json.loads(out.splitlines()[-1])
     print("\n", found)
     assert found.keys() == checks.KINDS.keys()
     assert max(found.values()) <= 1e-5

@@ -1,17 +1,32 @@
-"""Every law of every operation: solving for the argument gives the target, or says which condition fails."""
+"""Every law of every operation in numbers: what its condition promises holds, and the comparison can fail."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from chains import (
+    EPS,
+    LEAVES,
+    LINKS,
+    SLOW,
+    TOLERANCE,
+    Builder,
+    asked_for,
+    chain,
+    insist_on_chain,
+    insist_on_target,
+    solve_for,
+    the_step,
+    values_of,
+)
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import blockkit.solve.step as solving
 from blockkit.errors import ConditionViolated
-from blockkit.graph.changes import Change, dense, plus
+from blockkit.graph.changes import dense
 from blockkit.graph.graph import Graph, Node, Parameter
 from blockkit.graph.laws import Action
 from blockkit.graph.ops import (
@@ -34,146 +49,10 @@ from blockkit.graph.ops import (
 from blockkit.graph.reach import Reach
 from blockkit.graph.sizes import Size
 from blockkit.planner.plan import make_plan
-from blockkit.planner.planner import Planner
-from blockkit.planner.route import Route, Step
-from blockkit.solve import sphere
-from blockkit.solve.sphere import closest_unit_rms
+from blockkit.planner.route import Route
+from blockkit.planner.routes import Planner
 from blockkit.solve.step import Operands, solve_step
 from blockkit.trials import trial
-
-TOLERANCE = 1e-9
-EPS = 2.0**-53
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-# ---------------------------------------------------------------- graphs of a few operations
-
-
-@dataclass
-class Builder:
-    """A graph in the making. Signals are known maps of the input; only `leaf` may move."""
-
-    width: int
-    leaf: str = ""
-    parameters: list[Parameter] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    widths: dict[str, int] = field(default_factory=dict)
-
-    def store(self, *shape: int, free: bool = False) -> str:
-        name = "leaf" if free else f"p{len(self.parameters)}"
-        self.parameters.append(Parameter(name, tuple(Size.of(s) for s in shape), frozen=not free))
-        return name
-
-    def add(self, op: Op, width: int, *args: str) -> str:
-        name = f"n{len(self.nodes)}"
-        self.nodes.append(Node(name, op, args))
-        self.widths[name] = width
-        return name
-
-    def signal(self, width: int) -> str:
-        return self.add(MatMul(), width, "x", self.store(width, self.width))
-
-    def finish(self, last: str) -> Graph:
-        """The block `last + mixer(x)`: the leaf has to undo what the mixer brings in."""
-        mixed = self.add(Mix(), self.width, "x")
-        top = self.add(Add(), self.width, last, mixed)
-        return Graph.build("x", top, Size.of(self.width), self.parameters, self.nodes)
-
-
-LEAVES: dict[str, Callable[[Builder, int], str]] = {
-    "bias": lambda b, w: b.add(Add(), w, b.signal(w), b.store(w, free=True)),
-    "bias first": lambda b, w: b.add(Add(), w, b.store(w, free=True), b.signal(w), b.signal(w)),
-    "weight": lambda b, w: b.add(MatMul(), w, b.signal(5), b.store(w, 5, free=True)),
-    "scale": lambda b, w: b.add(Multiply(), w, b.signal(w), b.store(w, free=True)),
-    "scale first": lambda b, w: b.add(Multiply(), w, b.store(w, free=True), b.signal(w)),
-    "offset scale": lambda b, w: b.add(Multiply(1.0), w, b.signal(w), b.store(w, free=True)),
-    "scale before offset": lambda b, w: b.add(Multiply(-0.5), w, b.store(w, free=True), b.signal(w)),
-}
-
-
-@dataclass(frozen=True)
-class Link:
-    """An operation over a value of width `w`, and the width below that gives it `w`."""
-
-    put: Callable[[Builder, int, str], str]
-    below: Callable[[int], int] = lambda w: w
-
-
-LINKS: dict[str, Link] = {
-    "add": Link(lambda b, w, u: b.add(Add(), w, u, b.signal(w))),
-    "add last": Link(lambda b, w, u: b.add(Add(), w, b.signal(w), b.store(w), u)),
-    "multiply": Link(lambda b, w, u: b.add(Multiply(), w, u, b.signal(w))),
-    "multiply second": Link(lambda b, w, u: b.add(Multiply(), w, b.signal(w), u)),
-    "multiply by parameter": Link(lambda b, w, u: b.add(Multiply(1.0), w, u, b.store(w))),
-    "multiply with offset": Link(lambda b, w, u: b.add(Multiply(0.75), w, u, b.signal(w))),
-    "multiply second with offset": Link(lambda b, w, u: b.add(Multiply(0.75), w, b.signal(w), u)),
-    "scale": Link(lambda b, w, u: b.add(Scale(-2.5), w, u)),
-    "matmul square": Link(lambda b, w, u: b.add(MatMul(), w, u, b.store(w, w))),
-    "matmul wide": Link(lambda b, w, u: b.add(MatMul(), w, u, b.store(w, w + 3)), lambda w: w + 3),
-    "slice": Link(lambda b, w, u: b.add(Slice(Size.of(1), Size.of(w + 1)), w, u), lambda w: w + 2),
-    "concat of one": Link(lambda b, w, u: b.add(Concat(), w, u)),
-    "identity": Link(lambda b, w, u: b.add(Activation("identity"), w, u)),
-    "leaky_relu": Link(lambda b, w, u: b.add(Activation("leaky_relu"), w, u)),
-}
-
-
-def chain(leaf: str, links: Sequence[str], width: int = 4) -> Graph:
-    """`leaf` at the bottom, then the links from the outermost one inward."""
-    builder, widths = Builder(width), [width]
-    for name in links:
-        widths.append(LINKS[name].below(widths[-1]))
-    value = LEAVES[leaf](builder, widths[-1])
-    for name, w in zip(reversed(links), reversed(widths[:-1]), strict=True):
-        value = LINKS[name].put(builder, w, value)
-    return builder.finish(value)
-
-
-def the_step(graph: Graph) -> Step:
-    """The planner's only way to steer the output: one step for the leaf."""
-    (route,) = list(Planner(graph).steer(graph.output))
-    (step,) = route.steps
-    assert step.parameter == "leaf"
-    return step
-
-
-# ---------------------------------------------------------------- the comparison
-
-
-def asked_for(drawn: trial.Trial, seed: int, size: float = 1.0) -> np.ndarray:
-    """Arbitrary targets, `[tokens, width]`: not only what a contextual run would ask for."""
-    shape = (len(drawn.input), drawn.input.shape[1])
-    return size * np.random.default_rng([seed, 7]).normal(size=shape)
-
-
-def values_of(drawn: trial.Trial, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return trial.run(drawn, False, (drawn.graph.input, *drawn.graph.node), parameters)
-
-
-def solve_for(drawn: trial.Trial, route: Route, target: np.ndarray) -> dict[str, np.ndarray]:
-    """All parameters after the route was solved for `target` at the output, one static value for all tokens."""
-    graph = drawn.graph
-    wanted = {**trial.run(drawn, True, (graph.input, *graph.node)), graph.output: target}
-    parameters, changes = dict(drawn.parameters), dict[str, Change]()
-    for step in route.steps:
-        run = Operands(wanted, values_of(drawn, parameters), lambda name: parameters[name], EPS)
-        changes[step.parameter] = plus(changes.get(step.parameter), solve_step(step, graph, run, per_token=False))
-        parameters[step.parameter] = dense(drawn.parameters[step.parameter], changes[step.parameter])
-    return parameters
-
-
-def insist_on_target(drawn: trial.Trial, route: Route, target: np.ndarray) -> None:
-    """An ordinary run with the solved parameters gives the target, and without them it does not."""
-    before = values_of(drawn, dict(drawn.parameters))[drawn.graph.output]
-    after = values_of(drawn, solve_for(drawn, route, target))[drawn.graph.output]
-    assert trial.relative_linf(before, target) > 1e-3
-    assert trial.relative_linf(after, target) <= TOLERANCE
-
-
-def insist_on_chain(leaf: str, links: Sequence[str], seed: int) -> None:
-    graph = chain(leaf, links)
-    drawn = trial.draw(graph, seed)
-    insist_on_target(drawn, Route((the_step(graph),), ""), asked_for(drawn, seed))
-
 
 # ---------------------------------------------------------------- the laws that reach everything
 
@@ -232,7 +111,7 @@ def normed_block(offset: float, norm_first: bool, seed: int) -> tuple[trial.Tria
         [Node("h", MatMul(), ("x", "W")), Node("n", RMSNorm(), ("h",)), Node("s", Multiply(offset), args),
          Node("mixed", Mix(), ("x",)), Node("y", Add(), ("s", "mixed"))],
     )  # fmt: skip
-    (route,) = [r for r in Planner(graph).steer("y") if len(r.steps) == 2]
+    (route,) = [r for r in Planner(graph).routes_to("y") if len(r.steps) == 2]
     return trial.draw(graph, seed), route
 
 
@@ -265,7 +144,7 @@ def test_a_law_with_a_limit_names_it_and_is_on_no_route(kind: str) -> None:
     builder = Builder(4)
     bounded = builder.add(op, 4, LEAVES["bias"](builder, 4))
     planner = Planner(builder.finish(bounded))
-    assert list(planner.steer(planner.graph.output)) == []
+    assert list(planner.routes_to(planner.graph.output)) == []
     assert any(law.limit in o.reason and o.node == bounded for o in planner.obstructions)
     drawn = trial.draw(planner.graph, 3, tokens=50)
     parameters = {**drawn.parameters, "leaf": 10 * drawn.parameters["leaf"]}
@@ -510,130 +389,3 @@ def test_a_wrong_law_is_noticed(mutation: str, monkeypatch: pytest.MonkeyPatch) 
         except AssertionError:
             noticed += 1
     assert noticed >= 4
-
-
-# ---------------------------------------------------------------- the closest direction
-
-
-def cost(m: np.ndarray, g: np.ndarray, n: np.ndarray) -> float:
-    """|m' - m|^2 for m' = g / n; where both are zero the scale stays."""
-    scale = np.divide(g, n, out=np.where(g == 0, np.where(n == 0, m, 0.0), np.inf), where=n != 0)
-    return float(np.sum((scale - m) ** 2))
-
-
-def insist_on_direction(m: np.ndarray, g: np.ndarray) -> np.ndarray:
-    n = closest_unit_rms(m, g)
-    assert n.shape == m.shape
-    assert np.isfinite(n).all()
-    assert abs(np.mean(n**2) - 1) <= 1e-12
-    assert np.isfinite(cost(m, g, n))
-    assert not np.any((g != 0) & (n == 0))
-    return n
-
-
-def insist_on_minimum(m: np.ndarray, g: np.ndarray, n: np.ndarray, seed: int) -> None:
-    """No small feasible change of direction brings the scale nearer."""
-    rng, best, found = np.random.default_rng(seed), cost(m, g, n), []
-    moving = n != 0
-    for size in (1e-1, 1e-2, 1e-3, 1e-4):
-        for _ in range(25):
-            other = np.where(moving, n * np.exp(size * rng.normal(size=len(n))), 0.0)
-            found.append(cost(m, g, other / np.sqrt(np.mean(other**2))))
-    assert best <= min(found) * (1 + 1e-9) + 1e-12
-
-
-@SLOW
-@given(st.integers(2, 24), st.floats(1.0, 30.0), st.integers(0, 10**6))
-def test_the_direction_is_a_local_minimum(width: int, longer: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    m = rng.normal(size=width)
-    short = rng.normal(size=width)
-    g = m * short * longer / np.sqrt(np.mean(short**2))  # |g / m| is long enough: not the hard case
-    insist_on_minimum(m, g, insist_on_direction(m, g), seed)
-
-
-@SLOW
-@given(st.integers(2, 24), st.integers(0, 10**6), st.sampled_from(["m", "g", "both", "negative", "tiny", "unequal"]))
-def test_the_direction_with_zeros_and_signs(width: int, seed: int, what: str) -> None:
-    rng = np.random.default_rng(seed)
-    m, g = rng.normal(size=width), 3 * rng.normal(size=width)
-    some = rng.random(width) < 0.5
-    some[0] = True
-    match what:
-        case "m":
-            m[some] = 0.0
-        case "g":
-            g[some] = 0.0
-        case "both":
-            m[some], g[rng.random(width) < 0.5] = 0.0, 0.0
-        case "negative":
-            m = -np.abs(m)
-        case "tiny":
-            m[some] *= 1e-12
-        case "unequal":
-            m, g = m * 10.0 ** rng.integers(-6, 6, width), g * 10.0 ** rng.integers(-6, 6, width)
-    n = insist_on_direction(m, g)
-    moved = np.divide(g, n, out=m.copy(), where=n != 0)
-    assert not np.any((m != 0) & (moved * m < 0)), "the scale keeps its sign"
-    if what in ("m", "negative") and np.sum(np.divide(g, m, out=np.full(width, np.inf), where=m != 0) ** 2) > width:
-        insist_on_minimum(m, g, n, seed)
-
-
-def test_the_hard_case_puts_what_is_missing_where_the_scale_is_least() -> None:
-    m, g = np.array([2.0, -0.1, 3.0, 1.5]), np.array([1.0, 0.05, -0.5, 0.3])
-    n = insist_on_direction(m, g)
-    kept = [0, 2, 3]
-    assert np.allclose((g / n)[kept], m[kept])
-    assert 0 < (g / n)[1] / m[1] <= 1
-    assert cost(m, g, n) <= m[1] ** 2
-
-
-@SLOW
-@given(st.integers(2, 24), st.just(0.0) | st.floats(1e-6, 0.99), st.integers(0, 10**6))
-def test_the_hard_case_costs_at_most_the_least_scale(width: int, length: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    m, short = rng.normal(size=width), rng.normal(size=width)
-    g = m * short * length / np.sqrt(np.mean(short**2))
-    n = insist_on_direction(m, g)
-    assert cost(m, g, n) <= np.min(np.abs(m)) ** 2 * (1 + 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("m", "g"),
-    [
-        ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]),
-        ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]),
-        ([0.0, 0.0], [0.0, 0.0]),
-        ([0.0, 1.0, 1.0, 1.0], [5.0, 0.0, 0.0, 0.0]),
-        ([1.0] * 8, [50.0] + [0.0] * 7),
-        ([1.0], [-3.0]),
-        ([1e-30, 1.0], [1e-30, 1e-30]),
-        ([1e60, 1.0], [1.0, 1e60]),
-    ],
-)
-def test_the_direction_at_the_edges(m: list[float], g: list[float]) -> None:
-    with np.errstate(all="ignore"):
-        insist_on_direction(np.array(m), np.array(g))
-
-
-def test_the_direction_stays_put_where_it_is_already_of_unit_length() -> None:
-    m = np.array([0.5, -2.0, 3.0])
-    n = np.array([1.0, -1.0, 1.0])
-    assert np.allclose(closest_unit_rms(m, m * n), n)
-
-
-def test_a_direction_that_only_divides_is_noticed() -> None:
-    """The plain way, rescaled to unit length, is no minimum: the check of minima can fail."""
-    rng = np.random.default_rng(0)
-    m, g = rng.normal(size=8), 5 * rng.normal(size=8)
-    plain = g / m
-    plain = plain / np.sqrt(np.mean(plain**2))
-    with pytest.raises(AssertionError):
-        insist_on_minimum(m, g, plain, 0)
-
-
-def test_the_secular_equation_is_monotone() -> None:
-    size, push = np.array([0.0, 1.0, 2.0]), np.array([16.0, 8.0, 0.0])
-    grown = sphere._grown(size, push)
-    assert np.allclose(grown**3 * (grown - size), push)
-    assert (grown >= size).all()

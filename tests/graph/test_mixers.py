@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import python
 
 import blockkit as bk
 from blockkit.absorbing.algorithm import absorb
@@ -26,7 +24,7 @@ from blockkit.graph.graph import Graph
 from blockkit.graph.ops.mixing import MixingOp
 from blockkit.graph.packing import Packing, Past
 from blockkit.planner.plan import STRATEGIES, make_plan, offers
-from blockkit.planner.planner import Planner
+from blockkit.planner.routes import Planner
 from blockkit.planner.verdict import judge
 from blockkit.trials.sequence import SequenceTrial, draw_sequence
 from blockkit.trials.trial import draw, numbers_of, random_parameters, solve
@@ -444,20 +442,14 @@ def test_mamba_through_keras(backend: str, mamba_folders: dict[str, tuple[Path, 
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
         "from blockkit.backends import keras\n"
-        "from blockkit.checkpoint import open_model\n"
-        "from blockkit.run import logits_of, run_stream\n"
+        "from blockkit.checkpoint.model import open_model\n"
+        "from blockkit.absorbing.run import logits_of, run_stream\n"
         "executor = getattr(keras, f'open_{sys.argv[4]}')(open_model(Path(sys.argv[1])), 'float32')\n"
         "ids = np.array([int(i) for i in sys.argv[3].split(',')])\n"
         "np.save(sys.argv[2], logits_of(executor, run_stream(executor, ids, np.arange(len(ids)))))\n"
     )
-    quiet = {
-        "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_NUM_THREADS": "1", "KERAS_HOME": str(tmp_path),
-    }  # fmt: skip
     out = tmp_path / "logits.npy"
-    command = [sys.executable, "-c", script, str(path), str(out), ",".join(map(str, ids())), backend]
-    done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    python("-c", script, path, out, ",".join(map(str, ids())), backend, home=tmp_path, KERAS_BACKEND=backend)
     found = np.load(out)
     assert found.dtype == np.float32
     assert 0 < np.abs(found - theirs).max() / np.abs(theirs).max() <= 1e-4

@@ -2,14 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import keras_hub_checks as checks
 import pytest
+from processes import SMALL_MODELS, python
 
 BACKENDS = ("jax", "tensorflow", "torch")
 FAMILIES = tuple(checks.FAMILIES)
@@ -17,10 +15,6 @@ ONE_PROCESS = (
     *(f"family:{f}" for f in FAMILIES),
     "all_tokens:Mixtral", "sharing:Mistral", "editing:Llama3", "dtype:Llama3", "refusals:Llama3",
 )  # fmt: skip
-QUIET = {
-    "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the models are small: most of the time would be the compiler's
-}  # fmt: skip
 Result = dict[str, Any]
 Measured = Callable[[str, str], Result]
 
@@ -32,11 +26,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder = tmp_path_factory.mktemp("keras_hub")
 
     def run(backend: str) -> Result:
-        settings = {**os.environ, **QUIET, "KERAS_HOME": str(folder), "KERAS_BACKEND": backend}
-        command = [sys.executable, "-W", "ignore", checks.__file__, str(folder), *ONE_PROCESS]
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-        found: Result = json.loads(done.stdout.splitlines()[-1])
+        command = ("-W", "ignore", checks.__file__, folder, *ONE_PROCESS)
+        out = python(*command, home=folder, KERAS_BACKEND=backend, **SMALL_MODELS)
+        found: Result = json.loads(out.splitlines()[-1])
         return found
 
     def get(backend: str, check: str) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -12,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from families import VOCABULARY, Pair, make, some_ids
+from families import GPT2, LLAMA, VOCABULARY, Pair, make, some_ids
+from processes import python
 from safetensors.numpy import load_file, save_file
-from test_huggingface_parity import GPT2, LLAMA
 
 from blockkit import Patch
 from blockkit.absorbing.algorithm import absorb
@@ -105,7 +104,7 @@ def test_peft_gives_the_contextual_logits_in_a_new_process(
         measured = result["measured"]
         assert measured["reloaded_linf"] <= LIMIT and measured["unpatched_linf"] > 0.1 and measured["top1_agree"] == 1
         jobs.append(f"{case.path}:{lora}:{tmp_path / 'ids.npy'}:{out}")
-    subprocess.run([sys.executable, "-c", NEW_PROCESS, *jobs], check=True, capture_output=True, timeout=300)
+    python("-c", NEW_PROCESS, *jobs, home=tmp_path)
     for number, case in enumerate(cases.values()):
         assert np.abs(np.load(tmp_path / f"{number}.npy") - case.contextual).max() <= LIMIT
 
@@ -284,9 +283,104 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nothing is ever overwritten"):
         export_peft(own_patch(fc=1), tmp_path / "lora")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "lora").iterdir()}
-    assert [p.name for p in tmp_path.iterdir()] == ["lora"] and len(before) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["lora"] and len(before) == 3
 
 
 def test_an_unknown_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, message = run(monkeypatch, capsys, "export", "--patch", "p", "--out", tmp_path / "x", "--format", "onnx")
     assert status == 2 and "--format 'onnx' is not known; allowed are peft" in message
+
+
+# -- what others load -------------------------------------------------------------------------------
+
+
+def in_memory(**options: Any) -> Any:
+    import transformers
+
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, **options)
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def absorbed(model: Any) -> Patch:
+    from blockkit.backends.pytorch import absorb as absorb_in_place
+
+    ids = torch.as_tensor(np.array([some_ids(12)])) % 61
+    held = ["*lora_*"] if hasattr(model, "peft_config") else []
+    return absorb_in_place(model, ids[:, :9], ids[:, 9:], tokens="all", strategy="matrix", freeze=held)
+
+
+@pytest.mark.parametrize("target", ["down_proj", "o_proj", "up_proj"])
+def test_a_patch_of_a_peft_model_has_the_names_of_its_base(target: str, tmp_path: Path) -> None:
+    import peft
+
+    model = peft.get_peft_model(in_memory(), peft.LoraConfig(target_modules=[target], init_lora_weights=False)).eval()
+    patch = absorbed(model)
+    found = export_peft(patch, tmp_path / "adapter", model)
+    assert found.measured is not None and found.measured["reloaded_linf"] < LIMIT < found.measured["unpatched_linf"]
+    base = dict(in_memory().named_modules())
+    assert set(found.ranks) <= base.keys()
+    assert "put them on it beside this one" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_an_adapter_is_not_changed_by_another(tmp_path: Path) -> None:
+    change = MatrixChange(np.ones((1, 4), np.float32), np.ones((1, 8), np.float32))
+    slot = "base_model.model.model.layers.0.mlp.down_proj.lora_A.default.weight"
+    made = {"architecture": "m", "weights": "0"}
+    patch = Patch({slot: change}, made, "matrix", "last", 5, (7,), "float32", {})
+    with pytest.raises(NotPatchable, match=r"is part of an adapter \(lora_A\).*freeze="):
+        export_peft(patch, tmp_path / "adapter")
+
+
+def test_auto_peft_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    model = in_memory()
+    model.config._name_or_path = "someone/small"
+    patch = absorbed(model)
+    export_peft(patch, tmp_path / "adapter", model)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", "someone/small")
+    model.save_pretrained(tmp_path / "someone" / "small")  # where that name leads
+    monkeypatch.chdir(tmp_path)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"), dtype=torch.float32).eval()
+    query, positions = torch.as_tensor(patch.query_ids), torch.as_tensor(patch.position_ids)
+    with torch.no_grad(), patch.applied(model):
+        wanted = model(query, position_ids=positions).logits
+    with torch.no_grad():
+        assert (loaded(input_ids=query, position_ids=positions).logits - wanted).abs().max() < LIMIT
+
+
+@pytest.mark.parametrize(
+    "name", ["/home/somebody/private", "~/private", "./private", "../x", "a/b/c", "here/it-is", ""]
+)
+def test_no_private_path_is_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "it-is").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = in_memory()
+    model.config._name_or_path = name
+    export_peft(absorbed(model), tmp_path / "adapter", model)
+    written = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert json.loads(written)["base_model_name_or_path"] is None and (not name or name not in written)
+    assert "the model has no public name" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_task_is_named_only_where_the_model_has_it(tmp_path: Path) -> None:
+    from blockkit.backends.pytorch.editing.reload import causal_head
+
+    whole = in_memory()
+    assert causal_head(whole) and not causal_head(whole.model)
+    export_peft(absorbed(whole), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] is config["base_model_name_or_path"] is None
+    assert "no model was given" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_patch_of_a_model_in_memory_is_not_merged_into_a_checkpoint(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absorbed(in_memory()).save(tmp_path / "patch.safetensors")
+    words = "apply", "--model", cases["llama"].path, "--patch", tmp_path / "patch.safetensors", "--out", tmp_path / "x"
+    status, _, said = run(monkeypatch, capsys, *words)
+    assert status == 2 and "made on a model in memory" in said and "save_pretrained" in said

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import HANGS
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -22,6 +23,7 @@ from blockkit import Patch
 from blockkit.errors import BadInput, MissingDependency
 from blockkit.graph.changes import MatrixChange, VectorChange
 from blockkit.patch import in_place
+from blockkit.patch.file import digest
 from blockkit.patch.in_place import ChangedParameter, Receipt
 
 RNG = np.random.default_rng(5)
@@ -37,7 +39,7 @@ def plain(**facts: Any) -> Patch:
     changes = {"down.weight": matrix(2), "norm.weight": VectorChange(np.ones(4, np.float32))}
     made_for = {"architecture": "m", "weights": "0"}
     given = Patch(changes, made_for, "stable", "last", 5, (7, 8, 9), "float32", {"linf": 1e-7})
-    return replace(given, **facts)
+    return replace(given, measured_for="", **facts)
 
 
 def batched(**facts: Any) -> Patch:
@@ -84,14 +86,22 @@ def test_positions_count_the_tokens_of_each_prompt() -> None:
 
 
 def rewritten(path: Path, facts: Mapping[str, Any], drop: tuple[str, ...] = (), **tensors: np.ndarray) -> Patch:
-    """The patch in the file, with some of its facts and tensors replaced."""
+    """The patch in the file, with some of its facts and tensors replaced, and a digest of them."""
     with safe_open(path, framework="np") as file:
         header = dict(file.metadata())
     found = {k: v for k, v in {**json.loads(header["patch"]), **facts}.items() if k not in drop}
-    if tensors:
-        del header["sha256"]  # which older files have not
-    save_file(tensors or load_file(path), path, {**header, "patch": json.dumps(found)})
+    numbers = tensors or load_file(path)
+    header = {**header, "patch": json.dumps(found)}
+    save_file(numbers, path, {**header, "sha256": digest(header, numbers)})
     return Patch.load(path)
+
+
+def as_format_1(path: Path) -> None:
+    """Marks the file as one of the first format, without a digest, which it had not at first."""
+    with safe_open(path, framework="np") as file:
+        header = {**file.metadata(), "format": "blockkit-patch 1"}
+    facts = {k: v for k, v in json.loads(header["patch"]).items() if k not in ("measured_for", "floors")}
+    save_file(load_file(path), path, {"format": header["format"], "patch": json.dumps(facts)})
 
 
 def test_a_file_without_the_later_facts_is_read(tmp_path: Path) -> None:
@@ -99,7 +109,9 @@ def test_a_file_without_the_later_facts_is_read(tmp_path: Path) -> None:
     later = ("batch", "padding", "transposed", "tensors")
     changes = {f"{slot}.each.{side}": np.ones((6, 2), np.float32) for slot in ("down.weight", "up.weight") for side in
                ("left", "right")}  # fmt: skip
-    old = rewritten(tmp_path / "p", {"tokens": "each"}, later, **changes)
+    rewritten(tmp_path / "p", {"tokens": "each"}, later, **changes)
+    as_format_1(tmp_path / "p")
+    old = Patch.load(tmp_path / "p")
     assert (old.batch, old.padding, old.positions, old.transposed, old.tensors) == (1, (), (), (), None)
     assert old.position_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
 
@@ -135,15 +147,89 @@ def test_a_number_that_was_not_written_is_noticed(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "p").read_bytes())
     content[-3] ^= 1
     (tmp_path / "p").write_bytes(content)
-    with pytest.raises(BadInput, match=r"damaged \(the numbers are not those that were written"):
+    with pytest.raises(BadInput, match=r"damaged \(its facts or numbers are not those that were written"):
+        Patch.load(tmp_path / "p")
+
+
+def flipped(path: Path, bits: Iterable[int]) -> Iterator[Patch]:
+    """The patches that are read from the file with one bit flipped, as far as any is."""
+    content, damaged = path.read_bytes(), path.with_name("flipped")
+    for bit in bits:
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        damaged.write_bytes(changed)
+        try:
+            yield Patch.load(damaged)
+        except BadInput:
+            continue
+
+
+def facts_of(patch: Patch) -> dict[str, Any]:
+    """All that a patch holds, to be compared."""
+    held = {k: v for k, v in vars(patch).items() if k not in ("source", "changes", "contextual")}
+    arrays = {slot: {k: np.asarray(v).tobytes() for k, v in vars(c).items()} for slot, c in patch.changes.items()}
+    return {**held, "changes": arrays, "contextual": {k: v.tobytes() for k, v in patch.contextual.items()}}
+
+
+def test_no_bit_of_a_file_can_change_what_it_says(tmp_path: Path) -> None:
+    stream = {"float32": np.ones((1, 4), np.float32)}
+    patch = plain(contextual=stream, floors={"float32": 1e-5, "bfloat16": 0.25})
+    patch.save(tmp_path / "p")
+    wanted, bits = facts_of(Patch.load(tmp_path / "p")), 8 * (tmp_path / "p").stat().st_size
+    read = [facts_of(found) for found in flipped(tmp_path / "p", range(bits))]
+    assert bits > 7000 and all(found == wanted for found in read)
+    assert len(read) <= 32  # blanks that fill the header up may be other blanks
+
+
+def test_the_same_patch_is_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    plain(floors={"float32": 1e-5}).save(tmp_path / "p")
+    code = "import sys; from blockkit import Patch; Patch.load(sys.argv[1]).save(sys.argv[2])"
+    for number in range(2):
+        again = tmp_path / f"again{number}"
+        subprocess.run([sys.executable, "-c", code, tmp_path / "p", again], check=True, timeout=120)
+        assert again.read_bytes() == (tmp_path / "p").read_bytes()
+
+
+def test_a_digest_is_obligatory(tmp_path: Path) -> None:
+    plain().save(tmp_path / "p")
+    with safe_open(tmp_path / "p", framework="np") as file:
+        header = {k: v for k, v in file.metadata().items() if k != "sha256"}
+    save_file(load_file(tmp_path / "p"), tmp_path / "p", header)
+    with pytest.raises(BadInput, match="damaged"):
+        Patch.load(tmp_path / "p")
+
+
+def test_a_part_of_a_patch_claims_nothing(tmp_path: Path) -> None:
+    patch = plain()
+    part = replace(patch, changes={"down.weight": patch.changes["down.weight"]})
+    part.save(tmp_path / "p")
+    for found in (part, Patch.load(tmp_path / "p")):
+        assert not found.whole and found.validity.startswith("not proved: other changes were measured, as exact for")
+    assert patch.whole and replace(part, changes=patch.changes).whole
+
+
+STREAMS: dict[str, tuple[dict[str, Any], str]] = {
+    "too many rows": ({"contextual": {"float32": np.ones((2, 4), np.float32)}}, "contextual run in 'float32'"),
+    "no number": ({"contextual": {"float32": np.full((1, 4), np.nan, np.float32)}}, "contextual run in 'float32'"),
+    "an unknown dtype": ({"contextual": {"float8": np.ones((1, 4), np.float32)}}, "contextual run in 'float8'"),
+    "of another dtype alone": ({"contextual": {"bfloat16": np.ones((1, 4), np.float32)}}, "without the contextual run"),
+    "a floor below zero": ({"floors": {"float32": -1.0}}, "the floor in 'float32'"),
+    "a floor of an unknown dtype": ({"floors": {"float8": 1.0}}, "the floor in 'float8'"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_no_contextual_run_gives_is_refused(name: str, tmp_path: Path) -> None:
+    facts, why = STREAMS[name]
+    plain(**facts).save(tmp_path / "p")
+    with pytest.raises(BadInput, match=why):
         Patch.load(tmp_path / "p")
 
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_parameter_may_be_called_each(per_token: bool, tmp_path: Path) -> None:
     change = MatrixChange(np.ones((6, 2), np.float32), np.ones((6, 3), np.float32), per_token)
-    patch = replace(batched(), changes={"blocks.0.each": change}, batch=1, padding=(), transposed=(), tensors=None,
-                    positions=(), tokens="each" if per_token else "all")  # fmt: skip
+    patch = plain(changes={"blocks.0.each": change}, query=tuple(range(6)), tokens="each" if per_token else "all")
     patch.save(tmp_path / "p")
     assert [(slot, c.per_token) for slot, c in Patch.load(tmp_path / "p").changes.items()] == [
         ("blocks.0.each", per_token)
@@ -159,7 +245,7 @@ def test_a_process_killed_while_saving_loses_nothing(tmp_path: Path) -> None:
         patch = Patch.load(sys.argv[1])
         pathlib.Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
         patch.save(sys.argv[1])"""
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "p"], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "p"], capture_output=True, timeout=HANGS)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "p").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2  # the new one, complete but not yet in place
@@ -293,7 +379,7 @@ def test_specs_and_models_are_told_apart(asked: list[Any]) -> None:
 def test_a_receipt_says_what_became_of_each_parameter() -> None:
     one = ChangedParameter("layers.0.down.weight", (4, 3), "bfloat16", "merged", 0.25, 1.5, 0.0)
     receipt = Receipt((one, replace(one, name="norm.weight", shape=(4,), residual=1e-3)), "exact for x")
-    assert not receipt.exact and Receipt((one,), "").exact
+    assert not receipt.exact and Receipt((one,), "").exact and not Receipt((one,), "", proved=False).exact
     first, *rows = str(receipt).splitlines()
     assert first == "2 changed parameter(s); exact for x" and rows[0].startswith("parameter ")
     assert rows[1].split("  ")[0] == "layers.0.down.weight" and "4 x 3" in rows[1] and "as meant" in rows[1]

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import blockkit as bk
-from blockkit.cli.main import app
+from blockkit.cli.commands import app
 from blockkit.errors import BadInput
 from blockkit.planner.plan import STRATEGIES
 

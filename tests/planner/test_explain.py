@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import blockkit as bk
 from blockkit.api import distinct_graphs
-from blockkit.cli.main import app
+from blockkit.cli.commands import app
 from blockkit.graph.arrays import NumpyArrays
 from blockkit.graph.evaluate import evaluate
 from blockkit.graph.graph import Graph, Node, Parameter

@@ -1,38 +1,60 @@
-"""Answers take time in proportion to the size of the graph, and a model of today's size takes no time to notice."""
+"""Answers take work in proportion to the size of the graph, whatever the number of blocks; `make scale` has seconds."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
+import operations
 import pytest
-from scale import SHAPES, seconds
+from operations import counted
+from processes import python
+from scale import SHAPES, answer
 
-SMALL, LARGE = 2_000, 20_000
-MOST_RATIO = 25.0  # linear is 10; a quadratic step anywhere is 100
-SLACK = 4.0  # for a busy machine
+import blockkit as bk
+
+SMALL, LARGE = 500, 5_000
+MOST_RATIO = 11.0  # linear is 10; a quadratic step anywhere is 100
+MOST_CALLS = 500_000  # two tenths of a second, most of them for the modules that are needed
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_time_grows_with_the_number_of_nodes(shape: str) -> None:
-    small, large = SHAPES[shape](SMALL), SHAPES[shape](LARGE)
-    least = min(sum(seconds(small)) for _ in range(3))
-    most = sum(seconds(large))
-    if most > MOST_RATIO * least:
-        most = min(most, sum(seconds(large)))
-    assert most <= MOST_RATIO * least
+def test_work_grows_with_the_number_of_nodes(shape: str) -> None:
+    found = []
+    for count in (SMALL, LARGE):
+        graph = SHAPES[shape](count)
+        with counted() as work:
+            answer(graph)
+        found.append(work.calls)
+    print(f"\n{shape}: {found[0]:,} and {found[1]:,} calls")
+    assert found[1] <= MOST_RATIO * found[0]
 
 
-def test_a_model_of_126_blocks_is_judged_and_planned_in_three_tenths_of_a_second() -> None:
+def test_a_model_of_126_blocks_is_judged_and_planned_with_few_calls(tmp_path: Path) -> None:
+    """In a new process, which has nothing imported and nothing remembered."""
     program = """
-import time
+import sys
+sys.path.insert(0, sys.argv[1])
+from operations import counted
 import blockkit as bk
-start = time.process_time()
-assert bk.check("llama3-405b").patchable and bk.plan("llama3-405b").steps
-print(time.process_time() - start)
+with counted() as work:
+    assert bk.check("llama3-405b").patchable and bk.plan("llama3-405b").steps
+print(work.calls)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert float(done.stdout) <= 0.3 * SLACK
+    calls = int(python("-c", program, Path(operations.__file__).parent, home=tmp_path))
+    print(f"\n{calls:,} calls")
+    assert calls <= MOST_CALLS
+
+
+def test_the_number_of_blocks_costs_nothing() -> None:
+    def calls(name: str) -> int:
+        bk.load(name)
+        with counted() as work:
+            assert bk.check(name).patchable and bk.plan(name).steps
+        return work.calls
+
+    blocks = [int(bk.load(name).constants["layers"]) for name in ("llama3-8b", "llama3-405b")]  # type: ignore[union-attr]
+    assert blocks == [32, 126]
+    assert calls("llama3-405b") <= 1.1 * calls("llama3-8b")
 
 
 def test_names_are_found_without_parsing_the_catalogue() -> None:

@@ -19,7 +19,7 @@ from blockkit.errors import ConditionViolated
 from blockkit.graph.graph import Graph
 from blockkit.graph.laws import Kind
 from blockkit.planner.plan import Plan, offers
-from blockkit.planner.planner import Planner, Route
+from blockkit.planner.routes import Planner, Route
 from blockkit.planner.verdict import Verdict, judge
 from blockkit.trials import trial
 

@@ -1,13 +1,14 @@
-"""One conformance suite for every executor: run in a process of its own per backend, it prints records.
+"""Conformance suites for every executor: run in a process of its own per backend, they print records.
 
-    KERAS_BACKEND=jax python tests/conformance.py jax tiny|gemma|mutations
+    KERAS_BACKEND=jax python tests/support/conformance.py jax [tiny] [mutations] [gemma] [logits=FOLDER]
 
-`tests/test_conformance.py` runs it for all backends and judges the records.
+`records.py` runs them; `test_conformance.py` and `test_gemma.py` judge what they print.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import numpy as np
 from blockkit.absorbing import algorithm, lockstep
 from blockkit.absorbing.backends import open_executor
 from blockkit.absorbing.executor import Executor
-from blockkit.absorbing.measure import measure
+from blockkit.absorbing.measure import Reference, measure
 from blockkit.absorbing.metrics import compare
 from blockkit.absorbing.request import Request
 from blockkit.absorbing.run import logits_of, run_stream
@@ -30,9 +31,10 @@ from blockkit.checkpoint.tokenizer import load_tokenizer
 from blockkit.errors import BlockkitError
 from blockkit.graph.changes import Change, MatrixChange, VectorChange
 from blockkit.planner.plan import STRATEGIES
-from blockkit.planner.planner import Step
+from blockkit.planner.routes import Step
 
 Record = dict[str, Any]
+References = dict[bytes, Reference]  # by the contextual logits that they are measured against
 
 PROMPTS = (
     "Write a single-sentence weather forecast for Mars, from the perspective of a slightly annoyed robot:",
@@ -88,13 +90,16 @@ def tiny_model(family: str, folder: Path) -> Model:
     return open_model(folder)
 
 
-def record(executor: Executor, request: Request, strategy: str | None) -> Record:
+def record(executor: Executor, request: Request, strategy: str | None, known: References) -> Record:
     """What an absorbed context measures, or the error that refuses it."""
     try:
         absorbed = algorithm.absorb(executor, request, strategy)
     except BlockkitError as error:
         return {"error": type(error).__name__, "message": str(error)}
-    reference = measure(executor, absorbed)
+    contextual = absorbed.contextual.tobytes()
+    if contextual not in known:  # no strategy has a part in the runs that are compared with these logits
+        known[contextual] = measure(executor, absorbed)
+    reference = known[contextual]
     return {
         "linf": absorbed.measured.linf,
         "top1": absorbed.measured.top1_agree,
@@ -116,20 +121,37 @@ def tiny(backend: str) -> Iterator[Record]:
             logits = [logits_of(e, run_stream(e, ids, np.arange(16))) for e in (executor, oracle)]
             yield {"family": family, "mode": "logits", "linf": compare(*logits).linf}
             for mode in ("last", "each", "all"):
+                request, known = Request(ids[:12], ids[12:], mode), References()
                 for strategy in (None, *STRATEGIES):
-                    request = Request(ids[:12], ids[12:], mode)
-                    yield {"family": family, "mode": mode, "strategy": strategy, **record(executor, request, strategy)}
+                    found = record(executor, request, strategy, known)
+                    yield {"family": family, "mode": mode, "strategy": strategy, **found}
+
+
+@functools.cache
+def real(backend: str) -> tuple[Executor, tuple[np.ndarray, ...]]:
+    """The real Gemma 3 270M, and the five prompts' ids."""
+    folder = resolve_model("gemma3-270m")
+    tokenizer = load_tokenizer(folder)
+    prompts = tuple(np.array(tokenizer.encode(prompt, special=True)) for prompt in PROMPTS)
+    return open_executor(open_model(folder), backend, "float32"), prompts
 
 
 def gemma(backend: str) -> Iterator[Record]:
     """The five prompts on the real Gemma 3 270M: the last words are the query, the rest is the context."""
-    folder = resolve_model("gemma3-270m")
-    executor = open_executor(open_model(folder), backend, "float32")
-    tokenizer = load_tokenizer(folder)
-    for number, prompt in enumerate(PROMPTS, 1):
-        ids = np.array(tokenizer.encode(prompt, special=True))
+    executor, prompts = real(backend)
+    for number, ids in enumerate(prompts, 1):
+        request, known = Request(ids[:-4], ids[-4:]), References()
         for strategy in ("paper", "minimal", "matrix", "stable"):
-            yield {"prompt": number, "strategy": strategy, **record(executor, Request(ids[:-4], ids[-4:]), strategy)}
+            yield {"prompt": number, "strategy": strategy, **record(executor, request, strategy, known)}
+
+
+def logits(backend: str, folder: Path) -> Iterator[Record]:
+    """The five prompts' ids, and their logits in files of the folder."""
+    executor, prompts = real(backend)
+    for number, ids in enumerate(prompts, 1):
+        file = folder / f"{backend}{number}.npy"
+        np.save(file, logits_of(executor, run_stream(executor, ids, np.arange(len(ids)))))
+        yield {"prompt": number, "ids": ids.tolist(), "file": str(file)}
 
 
 @contextlib.contextmanager
@@ -157,9 +179,9 @@ def mutations(backend: str) -> Iterator[Record]:
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model("gemma3_text", Path(folder) / "model")
         executor = open_executor(model, backend, "float32")
-        yield {"fault": "none", **record(executor, request, "minimal")}
+        yield {"fault": "none", **record(executor, request, "minimal", {})}
         with replaced(lockstep, "solve_step", wrong_law), replaced(lockstep, "REFINEMENTS", 0):
-            yield {"fault": "wrong law", **record(executor, request, "minimal")}
+            yield {"fault": "wrong law", **record(executor, request, "minimal", {})}
         yield from _by_hand(executor, request)
         # A uniform shift means nothing to rotary positions; learned ones must notice it.
         model = tiny_model("gpt2", Path(folder) / "gpt2")
@@ -179,7 +201,14 @@ def _by_hand(executor: Executor, request: Request, label: str = "") -> Iterator[
         yield {"fault": label + fault, "linf": compare(logits_of(executor, stream), good.contextual).linf}
 
 
+def main(backend: str, *suites: str) -> None:
+    for suite in suites:
+        name, _, folder = suite.partition("=")
+        made = logits(backend, Path(folder)) if name == "logits" else SUITES[name](backend)
+        for found in made:
+            print(json.dumps({"suite": name, **found}), flush=True)
+
+
+SUITES = {"tiny": tiny, "mutations": mutations, "gemma": gemma}
 if __name__ == "__main__":
-    chosen, what = sys.argv[1:]
-    for found in {"tiny": tiny, "gemma": gemma, "mutations": mutations}[what](chosen):
-        print(json.dumps(found), flush=True)
+    main(*sys.argv[1:])

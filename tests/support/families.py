@@ -18,6 +18,19 @@ transformers = pytest.importorskip("transformers", reason="transformers is neede
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 VOCABULARY = 61
+GEMMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8,
+    "sliding_window": 5, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 MASKED = ("bert",)  # these predict the token itself, not the next one
 
 

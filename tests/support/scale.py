@@ -1,4 +1,4 @@
-"""Graphs of any number of nodes, of five shapes, to measure how the time of an answer grows."""
+"""Graphs of any number of nodes, of five shapes, to measure how the work of an answer grows."""
 
 from __future__ import annotations
 
@@ -75,6 +75,13 @@ def twice(count: int) -> Graph:
 SHAPES: dict[str, Callable[[int], Graph]] = {
     "residual": residual, "chain": chain, "frozen": frozen, "branch": branch, "twice": twice,
 }  # fmt: skip
+
+
+def answer(graph: Graph) -> None:
+    """What `check` (with its search for a change) and `plan` say."""
+    api.explain(graph)
+    with suppress(NotPatchable):
+        api.plan(graph)
 
 
 def seconds(graph: Graph) -> tuple[float, float]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from processes import HANGS
 from typer.testing import CliRunner
 
 import blockkit as bk
-from blockkit.cli.main import app
+from blockkit.cli.commands import app
 from blockkit.errors import BadInput
 from blockkit.graph.graph import Graph, Node, Parameter
 from blockkit.graph.ops import Activation, Add, LayerNorm, MatMul, Mix, Multiply, Op, RMSNorm, Slice, Softcap
@@ -204,7 +205,7 @@ def test_latex_is_balanced_and_complete(name: str) -> None:
 def test_latex_compiles_without_overfull_lines(name: str, tmp_path: Path) -> None:
     (tmp_path / "plan.tex").write_text(latex(PLANS[name], name))
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "plan.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=HANGS)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull" not in done.stdout
 
@@ -233,3 +234,12 @@ def test_slices_and_unknown_operations_have_equations() -> None:
     text = latex(make_plan(raw(nodes, {"W": (9, 4)}), "stable"))
     balanced(text)
     assert r"\operatorname{slice}" in text
+
+
+def test_a_name_gives_mermaid_no_orders() -> None:
+    name = "%%{init: {'theme': 'x'}}%%;click"
+    nodes: dict[str, tuple[Op, str]] = {"m": (Mix(), "x"), name: (MatMul(), "m W")}
+    graph = Graph.build("x", name, Size.of(4), [Parameter("W", (Size.of(4), Size.of(4)))],
+                        [Node(n, op, tuple(args.split())) for n, (op, args) in nodes.items()])  # fmt: skip
+    text = mermaid(make_plan(graph, "stable"))
+    assert "#37;#37;{init" in text and "#59;click" in text and "%%" not in text and "'" not in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -12,24 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blockkit.absorbing.lockstep import EPS
 from blockkit.absorbing.metrics import Comparison, compare
 from blockkit.absorbing.proof import require_exact
 from blockkit.absorbing.request import MODES
-from blockkit.errors import BadInput, BlockkitError, ExactnessLost, blamed
+from blockkit.errors import BadInput, ExactnessLost
 from blockkit.graph.graph import Globs, globs
 from blockkit.progress import Progress, silent
 
 from ..blocks.traced import Traced, trace
 from ..calling.arguments import Retained, decoder_ids, keywords, places
 from ..calling.exclusive import sole_use
-from ..calling.interface import Interface, logits_of
+from ..calling.interface import Interface
+from ..calling.numbers import readable
 from ..calling.prompts import Prompt, joined, require_fitting, require_ready
-from ..editing.editor import fingerprint
+from ..editing.identity import fingerprint, introduce
 from ..editing.patch import TorchPatch
+from ..editing.proving import worn
 from ..watching.observe import Chosen
 from ..watching.watcher import Finished, Rows, Seen, Watcher
 from .lockstep import NeverRead, Solver, Task, plans
+from .places import placed, require_held, require_padding_unseen
+from .run import call, model_dtype
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,14 @@ def absorb(
             raise BadInput(f"{type(model).__name__}.forward takes no decoder_input_ids: it is no encoder-decoder model")
         require_fitting(model, "decoder_input_ids", decoder_input_ids)
     own = {**both, **decoder}
-    more = {**own, **keywords("context_inputs", context_inputs)}, own
+    more = {**own, **keywords("context_inputs", context_inputs)}
     report = progress or silent
     report("finding the blocks", 0.0)
     traced = trace(model, (_of_one(both, len(query)) or None) if example is None else example)
-    runs = _runs(replace(whole, positions=whole.positions + traced.first), query, kept, tokens, more)
+    whole = replace(whole, positions=whole.positions + traced.first)
+    runs = _runs(placed(model, interface, traced, whole, more), query, kept, tokens, (more, own))
+    require_padding_unseen(model, interface, runs.contextual, more)
+    require_held(model, interface, traced, runs.reduced, own)
     task = _task(runs, strategy, tokens, merge, held)
     capacity = None if task.per_row else runs.reduced.batch * runs.served
     while True:
@@ -149,7 +154,7 @@ def _absorbed(
         before = runs.contextual.length - runs.query
         report("running the edited model", 0.0)
         patch = absorbed_patch(model, interface, task, solver, tokens, before, runs.reduced)
-        with patch.applied(model):
+        with worn(patch, model):
             own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
         target_rows = _real(wanted, runs)
         measured = compare(_real(own, runs), target_rows)
@@ -173,26 +178,6 @@ def contextual_run(
     return logits, watcher.seen
 
 
-def call(model: nn.Module, interface: Interface, prompt: Prompt, keep: int, more: Mapping[str, Any]) -> Tensor:
-    """An ordinary run: the logits of the last `keep` tokens, `[batch, keep, vocabulary]`.
-
-    Raises:
-        BadInput: the model's own forward fails on it.
-    """
-    args, kwargs = interface.inputs(prompt.value, **prompt.options(logits_to_keep=keep))
-    try:
-        result = model(*args, **{**kwargs, **more})
-    except (BlockkitError, Finished, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        given = "embeddings" if prompt.value.is_floating_point() else "ids"
-        raise BadInput(
-            f"the forward of {type(model).__name__} fails on {given} of shape {tuple(prompt.value.shape)} "
-            f"({str(prompt.value.dtype).removeprefix('torch.')}): {blamed(error)}"
-        ) from error
-    return logits_of(result)[:, -keep:]
-
-
 def _runs(
     whole: Prompt, query: Tensor, kept: Tensor, tokens: str, more: tuple[Mapping[str, Any], Mapping[str, Any]]
 ) -> Runs:
@@ -204,7 +189,7 @@ def _runs(
             "padding between retained context and query cannot be told by a patch; absorb prompts of one length"
         )
     if len(kept) and reduced.mask is None:  # without it, a jump in positions may pass for another sequence
-        reduced = replace(reduced, mask=torch.ones_like(reduced.positions))
+        reduced = replace(reduced, mask=torch.ones(reduced.value.shape[:2], dtype=torch.long, device=device))
     if not query.is_floating_point() and whole.value.is_floating_point() and not len(kept):
         reduced = replace(reduced, value=query)  # the ordinary call of the edited model reads ids
     decoder = more[1].get("decoder_input_ids")
@@ -242,7 +227,8 @@ def _task(runs: Runs, strategy: str | None, tokens: str, merge: bool, frozen: tu
 def originals(model: nn.Module) -> Callable[[str], Tensor]:
     """The model's parameters and buffers, by name in the state dict."""
     held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return dict(held).__getitem__
+    known = dict(held)
+    return lambda name: readable(name, known[name])
 
 
 def absorbed_patch(
@@ -256,9 +242,9 @@ def absorbed_patch(
     ids = reduced.value if not reduced.value.is_floating_point() else torch.full(reduced.value.shape[:2], -1)
     positions = reduced.positions if "position_ids" in interface.takes else torch.arange(reduced.length).expand_as(ids)
     pads = [] if reduced.mask is None else [int(p) for p in (reduced.mask == 0).sum(1)]
-    return TorchPatch(
+    patch = TorchPatch(
         solver.changes,
-        fingerprint(model, list(solver.changes)),
+        fingerprint(model),
         ", ".join(sorted(solver.strategies)),
         tokens,
         context,
@@ -272,6 +258,8 @@ def absorbed_patch(
         merged=task.merge,
         device=str(reduced.value.device),
     )
+    introduce(model, patch)
+    return patch
 
 
 def _real(logits: Tensor, runs: Runs) -> np.ndarray:
@@ -281,18 +269,6 @@ def _real(logits: Tensor, runs: Runs) -> np.ndarray:
     if mask is not None and logits.shape[1] > 1:
         flat = flat[mask[:, -logits.shape[1] :] == 1]
     return np.asarray(flat.reshape(-1, logits.shape[-1]).cpu().numpy())
-
-
-def model_dtype(model: nn.Module) -> str:
-    """The dtype in which the model computes: that of most of its numbers."""
-    counts: Counter[torch.dtype] = Counter({torch.float32: 0})
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] += parameter.numel()
-    name = str(counts.most_common(1)[0][0]).removeprefix("torch.")
-    if name not in EPS:
-        raise BadInput(f"the model's parameters are {name}; allowed are {', '.join(EPS)}")
-    return name
 
 
 def _insist(measured: Comparison, model: nn.Module, interface: Interface, runs: Runs, wanted: np.ndarray) -> None:

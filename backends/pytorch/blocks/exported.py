@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from blockkit.errors import BadInput, blamed
 
 from ..calling.interface import leaves
+from ..calling.numbers import foreign
 from ..calling.token_rows import close
 from .finding import Call, at
 from .sealed import filled, program, seal
@@ -144,7 +145,7 @@ def _twin(call: Call, rng: torch.Generator) -> Twin:
     module = module.to_empty(device="cpu") if _on_meta(module) else module.to("cpu")
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None:
+            if parameter is not None and (parameter.is_floating_point() or foreign(parameter) is None):
                 part._parameters[name] = nn.Parameter(_drawn(parameter, rng), parameter.is_floating_point())
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_floating_point():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blockkit.errors import BadInput
 
+from ..calling.exclusive import of_this_thread
 from ..calling.interface import leaves
 
 Key = int | str
@@ -164,7 +165,7 @@ def _longest(model: nn.Module, run: Callable[[], Any]) -> list[int]:
     with ExitStack() as hooks, torch.no_grad():
         for path, module in model.named_modules():
             if NUMBERED.match(path):
-                hooks.enter_context(module.register_forward_hook(hook))
+                hooks.enter_context(module.register_forward_hook(of_this_thread(hook)))
         run()
     return sorted(counts, key=lambda size: -counts[size])
 
@@ -203,8 +204,8 @@ def _observed(model: nn.Module, run: Callable[[], Any], tokens: int) -> list[Cal
 
     with ExitStack() as hooks, torch.no_grad():
         for path, module in model.named_modules():
-            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(after(path), with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(of_this_thread(before), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(of_this_thread(after(path)), with_kwargs=True))
         run()
     return [c for c in found if c is not None]
 

@@ -6,12 +6,9 @@ exported program that can still be run, so that it can be seen whether it looks 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack
 from functools import cache
-from io import StringIO
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from ..calling.interface import leaves
 from .single_precision import SinglePrecision
+from .unheard import unheard
 
 _SEALED: WeakValueDictionary[int, Sealed] = WeakValueDictionary()
 
@@ -120,14 +118,8 @@ def _traceable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module as an exported program; what torch has to say on the way is left unsaid."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            with SinglePrecision():
-                traced = torch.export.export(module, args, kwargs, strict=False)
-            return traced.run_decompositions({})
-    finally:
-        logging.disable(before)
+    """The module as an exported program; what torch logs on the way is left unsaid."""
+    with unheard(), torch.no_grad():
+        with SinglePrecision():
+            traced = torch.export.export(module, args, kwargs, strict=False)
+        return traced.run_decompositions({})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,20 @@ class SinglePrecision(TorchFunctionMode):
             return args[0].float()
         named = {name: _single(value) for name, value in (kwargs or {}).items()}
         return func(*map(_single, args), **named)
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Numbers that name no dtype are float32, as in a copy of a block; the default is one for the whole process."""
+    before = torch.get_default_dtype()
+    if before is torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _single(value: Any) -> Any:

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from blockkit.graph.graph import Graph, Node
 from blockkit.graph.ops import Mix
 
 from ..calling.interface import Interface, device_of, vocabulary
+from ..calling.numbers import foreign, require_numbers
 from ..calling.token_rows import TOKENS_FIRST
 from .exported import Twin, export
 from .finding import Call, Found, Key, evaluating, find_blocks
 from .first_position import first_position
+from .single_precision import float32_by_default
 from .translate import translate
 from .values import STREAM, Stored, Tap, Translation, rows_in_place
 
@@ -103,7 +106,7 @@ def trace(model: nn.Module, example: Any = None) -> Traced:
         BadInput: no blocks are found, or one cannot be traced.
     """
     Interface.of(model)  # refuses what cannot be watched
-    _require_numbers(model)
+    require_numbers(model)
     if example is not None and not isinstance(example, Tensor | Mapping):
         raise BadInput(f"example must be a tensor or a mapping of keyword arguments, got {type(example).__name__}")
     key = _state(model), _shape(example)
@@ -115,15 +118,6 @@ def trace(model: nn.Module, example: Any = None) -> Traced:
         found = _found(model, example)
     _traced[model] = key, found
     return found
-
-
-def _require_numbers(model: nn.Module) -> None:
-    empty = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if empty is not None:
-        raise BadInput(
-            f"{empty} is on the meta device and has no numbers, without which no block can be found; load the weights, "
-            "or judge a small model of the same class"
-        )
 
 
 def _state(model: nn.Module) -> Any:
@@ -170,19 +164,26 @@ def _found(model: nn.Module, example: Any) -> Traced:
         for twin, known in alike:
             if twin.serves(call):
                 return known
-        exported = export(call, calls.tokens)
-        alike.append((exported.twin, translate(exported)))
+        with float32_by_default():
+            exported = export(call, calls.tokens)
+            alike.append((exported.twin, translate(exported)))
         return alike[-1][1]
 
     def block(call: Call, place: int) -> Block:
         known = translation(call, place)
-        tied = [
-            replace(p, tied=p.tied or (f"{call.path}.{p.name}" if call.path else p.name) in shared)
+        strange = {n for n, p in call.module.named_parameters(remove_duplicate=False) if foreign(p) is not None}
+        parameters = tuple(
+            replace(
+                p,
+                tied=p.tied or (f"{call.path}.{p.name}" if call.path else p.name) in shared,
+                frozen=p.frozen or p.name in strange,
+            )
             for p in known.graph.parameters
-        ]
-        graph = replace(known.graph, parameters=tuple(tied)) if any(p.tied for p in tied) else known.graph
+        )
+        graph = known.graph if parameters == known.graph.parameters else replace(known.graph, parameters=parameters)
+        taps = tuple(tap for tap in known.taps if not tap.parameters & strange)
         axis = call.axis or (TOKENS_FIRST if call.value.dim() > 2 else 0)
-        return Block(call.path, call.number, graph, known.taps, known.stored, call.stream, call.result, axis)
+        return Block(call.path, call.number, graph, taps, known.stored, call.stream, call.result, axis)
 
     blocks = tuple(block(call, place) for place, call in enumerate(calls.blocks))
     after = block(calls.after[-1], len(blocks)) if calls.after else None
@@ -283,14 +284,19 @@ def _ids(model: nn.Module, count: int, tokens: int) -> Tensor:
 
 
 def _numbers_in(config: Any) -> set[int]:
-    """All whole numbers in a configuration."""
-    values = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    """All whole numbers in a configuration, whatever refers to whatever in it."""
     found: set[int] = set()
-    for value in values.values():
-        if isinstance(value, int) and not isinstance(value, bool):
-            found.add(value)
-        elif hasattr(value, "__dict__") or isinstance(value, dict):
-            found |= _numbers_in(value)
+    stack, seen = [config], {id(config)}
+    while stack:
+        held = stack.pop()
+        if isinstance(held, int) and not isinstance(held, bool | Enum):
+            found.add(held)
+        elif isinstance(held, Mapping | list | tuple | set):
+            parts = held.values() if isinstance(held, Mapping) else held
+            stack.extend(new for new in parts if id(new) not in seen)
+        elif not isinstance(held, type | Enum | nn.Module) and not inspect.isroutine(held):
+            stack.extend(new for new in getattr(held, "__dict__", {}).values() if id(new) not in seen)
+        seen.update(map(id, stack))
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from blockkit.graph.graph import Graph, Node, Parameter
-from blockkit.graph.ops import Add, MatMul, Mix, Multiply, Op, Opaque, Scale, Slice
+from blockkit.graph.ops import Add, MatMul, Multiply, Op, Scale, Slice
 from blockkit.graph.sizes import Size
 
 from ..calling.token_rows import rows_of, token_axis
@@ -24,6 +24,7 @@ from .draft import FILLS, Draft, base_of
 from .exported import Exported
 from .regions import mixes, region
 from .rules import proposals
+from .unnamed import unnamed
 from .values import STREAM, Constant, Form, Known, Raw, Stored, Tap, Translation
 
 MOVES = frozenset(
@@ -112,7 +113,7 @@ def _unnamed(draft: Draft, node: fx.Node, axis: int) -> Known:
     signals = tuple(dict.fromkeys(name for e in ends if (name := draft.signal(e))))
     read = dict.fromkeys(p for n in inside for a in n.all_input_nodes for p in _parameters_of(draft, a))
     width = Size.of(rows.shape[1])
-    op: Op = Mix(width) if mixes(draft, node, axis, inside, ends) else Opaque(width)
+    op = unnamed(draft, inside, read, mixes(draft, node, axis, inside, ends), width)
     kind = "mix" if op.mixing else base_of(node)
     return Known(draft.add(node, op, (*signals, *read), kind, rows), axis)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from blockkit.errors import BadInput
 
 Retained: TypeAlias = Tensor | Iterable[int] | slice  # type: ignore[explicit-any, valid-type, unused-ignore]
-OWN = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache")
+OWN = ("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "cache", "use_cache")
 
 
 def require_whole(name: str, value: Any, least: int) -> None:

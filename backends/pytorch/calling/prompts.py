@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from blockkit.errors import BadInput
 
-from .interface import Interface, device_of, vocabulary
+from .interface import Interface, device_of, led_to, vocabulary
+from .numbers import require_numbers
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,15 @@ class Prompt:
     """Token ids `[batch, n]` or embeddings `[batch, n, d_model]`, where they stand, and which of them are padding.
 
     Attributes:
-        positions: `[batch, n]`.
+        positions: `[batch, n]`; `[k, batch, n]` where the model gives each token several (image, row, column).
         mask: `[batch, n]`, 1 for tokens and 0 for padding; None where there is no padding.
+        counted: whether the model counts these positions by itself, so that it is not told them.
     """
 
     value: Tensor
     positions: Tensor
     mask: Tensor | None = None
+    counted: bool = False
 
     @property
     def batch(self) -> int:
@@ -36,17 +39,18 @@ class Prompt:
 
     def options(self, **more: Any) -> dict[str, Any]:
         """The keyword arguments that say all this."""
-        return {"position_ids": self.positions, "attention_mask": self.mask, "use_cache": False, **more}
+        told = None if self.counted else self.positions
+        return {"position_ids": told, "attention_mask": self.mask, "use_cache": False, **more}
 
     def part(self, start: int, stop: int | None = None) -> Prompt:
         """Some of the tokens, in a row."""
         rows = slice(start, stop)
-        return Prompt(self.value[:, rows], self.positions[:, rows], None if self.mask is None else self.mask[:, rows])
+        return Prompt(self.value[:, rows], self.positions[..., rows], None if self.mask is None else self.mask[:, rows])
 
     def kept(self, places: Tensor) -> Prompt:
         """The tokens at some places."""
         mask = None if self.mask is None else self.mask[:, places]
-        return Prompt(self.value[:, places], self.positions[:, places], mask)
+        return Prompt(self.value[:, places], self.positions[..., places], mask)
 
 
 def joined(
@@ -81,7 +85,7 @@ def embedded(model: nn.Module, value: Tensor) -> Tensor:
     """Ids as the model's own embeddings `[batch, n, d_model]`."""
     if value.is_floating_point():
         return value
-    find = getattr(model, "get_input_embeddings", None)
+    find = getattr(model, "get_input_embeddings", None) or getattr(led_to(model), "get_input_embeddings", None)
     if find is None:
         raise BadInput("ids cannot stand beside embeddings here: the model has no get_input_embeddings; embed them too")
     with torch.no_grad():
@@ -158,7 +162,5 @@ def require_ready(model: Any) -> Interface:
         raise BadInput(
             f"the model is in training mode ({training[0]}): dropout makes every run another one; call model.eval()"
         )
-    empty = [n for n, p in model.named_parameters() if p.is_meta]
-    if empty:
-        raise BadInput(f"{empty[0]} is on the meta device and has no numbers: load the weights first")
+    require_numbers(model)
     return interface

@@ -7,26 +7,29 @@ put on is the first that comes off.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from blockkit.errors import BadInput
-from blockkit.graph.changes import Change, MatrixChange
-from blockkit.patch.in_place import Receipt
-from blockkit.patch.patch import Patch
+from blockkit.graph.changes import Change
+from blockkit.graph.changes import digest as change_digest
+from blockkit.graph.changes import parts as change_parts
+from blockkit.patch.in_place import ChangedParameter, Receipt
+from blockkit.patch.patch import ALLOWED, Patch
 
 from ..calling.exclusive import sole_use
 from ..watching.intercepted import Event, Intercepted
 from ..watching.interception import intercept, uncover
 from .changed import Factors, changed_result, merged_value
+from .identity import architecture, is_same
 from .receipts import row, said, some
+from .restoring import NoLongerOn, Original, restore
 from .slots import Slot, find, named, require_fit, require_plain, require_untied, tied_with
 
 
@@ -38,56 +41,10 @@ class Applied:
     restore: Callable[[nn.Module], None]
 
 
-WORDS = (4096, 4093)  # of the weights that are hashed at a time
 _APPLIED: WeakKeyDictionary[nn.Module, list[Applied]] = WeakKeyDictionary()
 
 
 # -- which model a patch is for --------------------------------------------------------------------
-
-
-def fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What a patch of these slots must find again.
-
-    Returns:
-        `architecture`: the class, and a hash of all parameters' names, shapes and dtypes;
-        `weights`: a hash of sums over the slots' words, and of the changes kept beside them.
-
-    Raises:
-        BadInput: a slot does not exist, or its numbers are not there.
-    """
-    digest = hashlib.sha256()
-    parameters = named(model)
-    for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
-    weights = hashlib.sha256()
-    for name, slot in sorted(find(model, names).items()):
-        require_plain(slot)
-        weights.update(f"{name} {list(slot.tensor.shape)} {slot.tensor.dtype}\n".encode())
-        _hash(weights, slot.tensor)
-        above = parameters[slot.parameter]
-        while isinstance(above, Intercepted):
-            if isinstance(above.handler, Factored):
-                weights.update(above.handler.digest(slot.parameter))
-            above = above.plain
-    kind = type(model)
-    return {
-        "architecture": f"{kind.__module__}.{kind.__qualname__} {digest.hexdigest()[:16]}",
-        "weights": weights.hexdigest(),
-    }
-
-
-def _hash(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Adds sums of the tensor's words by their places modulo two numbers without a common factor.
-
-    No single change leaves them alone, and no exchange of rows does. They are read at the speed of memory, so that a
-    patch of a large model costs no more than a look at its weights.
-    """
-    flat = tensor.contiguous().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-    for words in WORDS:
-        rest = len(flat) % words
-        sums = flat[: len(flat) - rest].reshape(-1, words).sum(0, dtype=torch.int64)
-        digest.update(sums.cpu().numpy().tobytes())
-        digest.update(flat[len(flat) - rest :].cpu().numpy().tobytes())
 
 
 def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:
@@ -96,76 +53,96 @@ def check(patch: Patch, model: nn.Module) -> dict[str, Slot]:
     Raises:
         BadInput: a slot does not exist, has another shape, is quantised, not loaded or tied, or the weights differ.
     """
+    slots = _fitting(patch, model)
+    if not is_same(model, patch.made_for, patch):
+        what = "" if "digest" in patch.made_for else f"the weights that it changes ({some(patch.changes)}) in "
+        raise BadInput(
+            f"the patch was made for other values of {what or 'the parameters or buffers of '}this "
+            f"{type(model).__name__}{_who_changed(patch, model)}. {ALLOWED}"
+        )
+    return slots
+
+
+def _fitting(patch: Patch, model: nn.Module) -> dict[str, Slot]:
+    """The slots, which are those of a model of the patch's kind."""
     slots = find(model, patch.changes)
     for name, slot in slots.items():
         require_plain(slot)
         require_fit(slot, patch.changes[name], name in patch.transposed)
     require_untied(model, slots.values())
-    its = fingerprint(model, patch.fingerprinted)
-    made_for = patch.made_for
-    if made_for.get("architecture") != its["architecture"]:
+    mine, its = patch.made_for.get("architecture"), architecture(model)
+    if mine != its:
         raise BadInput(
-            f"the patch was made for {made_for.get('architecture')}, this model is {its['architecture']}: "
-            "its class, or a name, shape or dtype of its parameters differs"
-        )
-    if made_for.get("weights") != its["weights"]:
-        raise BadInput(
-            f"the patch was made for other values of the weights that it changes ({some(patch.changes)}) than this "
-            f"{type(model).__name__} has{_who_changed(patch, model)}"
+            f"the patch was made for {mine}, this model is {its}: its class, or a name, shape or dtype of its "
+            "parameters differs"
         )
     return slots
 
 
 def _who_changed(patch: Patch, model: nn.Module) -> str:
+    lying = _APPLIED.get(model, [])
+    if not lying:
+        return ""
     own = {slot.parameter for slot in find(model, patch.changes).values()}
-    for other in _APPLIED.get(model, []):
-        shared = own & {slot.parameter for slot in find(model, other.patch.changes).values()}
-        if shared:
-            return f": {said(other.patch)}, which lies on it, changes {some(shared)} too; remove that one first"
-    return ""
+    changed = {slot.parameter for slot in find(model, lying[-1].patch.changes).values()}
+    shared = own & changed
+    too = f"{some(shared)} too" if shared else some(changed)
+    return f": {said(lying[-1].patch)}, which lies on it, changes {too}; remove that one first"
 
 
 # -- on and off ------------------------------------------------------------------------------------
 
 
-def apply(patch: Patch, model: nn.Module, merge: bool) -> Receipt:
+def apply(patch: Patch, model: nn.Module, merge: bool, allow_other_weights: bool = False) -> Receipt:
     """Puts the patch on the model, or leaves the model wholly as it was.
 
     Args:
         merge: into the weights; False keeps the changes beside them, as factors.
+        allow_other_weights: on other values than it was made for too; the receipt then claims nothing.
 
     Raises:
         BadInput: see `check`; or the patch has no merged form, or a weight is read-only or would overflow.
     """
-    if any(_same(applied.patch, patch) for applied in _APPLIED.get(model, [])):
+    if any(applied.patch.same_as(patch) for applied in _stack(model)):
         raise BadInput(f"{said(patch)} is on this {type(model).__name__} already")
     if merge and (patch.tokens == "each" or any(c.per_token for c in patch.changes.values())):
         raise BadInput(
             "the patch holds different values for every token (or prompt), so it cannot be merged into the weights; "
             "use merge=False, which keeps them beside the weights"
         )
-    slots = check(patch, model)
+    slots = _fitting(patch, model) if allow_other_weights else check(patch, model)
+    same = not allow_other_weights or is_same(model, patch.made_for, patch)
     with sole_use(model), torch.inference_mode(False), torch.no_grad():
-        return _merge(patch, model, slots) if merge else _put_beside(patch, model, slots)
+        rows = _merge(patch, model, slots) if merge else _put_beside(patch, model, slots)
+    return Receipt(rows, patch.validity_on(same), same and patch.whole)
 
 
 def remove(patch: Patch, model: nn.Module) -> None:
     """Takes the patch off: every byte of every parameter is as it was before `apply`.
 
     Raises:
-        BadInput: the patch is not on the model, another one lies above it, or a changed parameter has been
-            exchanged for one of another shape or dtype since.
+        BadInput: the patch is not on the model (any more), another one lies above it, or a changed parameter holds
+            other numbers, or has another shape or dtype, than the patch gave it.
     """
-    stack = _APPLIED.get(model) or _carried(model)
-    place = next((i for i, applied in enumerate(stack) if _same(applied.patch, patch)), None)
+    stack = _stack(model)
+    place = next((i for i, applied in enumerate(stack) if applied.patch.same_as(patch)), None)
     if place is None:
         raise BadInput(f"{said(patch)} is not on this {type(model).__name__}")
     if place < len(stack) - 1:
         above = ", then ".join(said(applied.patch) for applied in reversed(stack[place + 1 :]))
         raise BadInput(f"{said(patch)} lies under others on this {type(model).__name__}; remove first {above}")
-    with sole_use(model), torch.inference_mode(False), torch.no_grad():
-        stack[-1].restore(model)
-    stack.pop()
+    with sole_use(model, wait=True), torch.inference_mode(False), torch.no_grad():
+        try:
+            stack[-1].restore(model)
+        except NoLongerOn:
+            stack.pop()
+            raise
+        stack.pop()
+
+
+def _stack(model: nn.Module) -> list[Applied]:
+    """The patches on a model: put on it, on what it now wraps, or carried by a copy."""
+    return next((_APPLIED[m] for m in model.modules() if _APPLIED.get(m)), None) or _carried(model)
 
 
 def _carried(model: nn.Module) -> list[Applied]:
@@ -178,25 +155,6 @@ def _carried(model: nn.Module) -> list[Applied]:
             parameter = parameter.plain
         found.update({id(h): h for h in reversed(layers) if isinstance(h, Factored)})
     return [Applied(h.patch, lambda model, h=h: uncover(model, h)) for h in found.values()]  # type: ignore[misc]
-
-
-def _same(one: Patch, other: Patch) -> bool:
-    """Whether two patches are one, perhaps saved and loaded in between."""
-    if one is other:
-        return True
-    mine, its = ((dict(p.made_for), p.query, p.changes.keys()) for p in (one, other))
-    return mine == its and all(_digest(one.changes[name]) == _digest(other.changes[name]) for name in one.changes)
-
-
-def _digest(change: Change) -> bytes:
-    found = hashlib.sha256()
-    for part in _parts(change):
-        found.update(np.ascontiguousarray(part, np.float32).tobytes())
-    return found.digest()
-
-
-def _parts(change: Change) -> tuple[np.ndarray, ...]:
-    return (change.left, change.right) if isinstance(change, MatrixChange) else (change.delta,)
 
 
 def untie(model: nn.Module, name: str) -> None:
@@ -224,26 +182,34 @@ def untie(model: nn.Module, name: str) -> None:
 # -- merged ----------------------------------------------------------------------------------------
 
 
-def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
+def _merge(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> tuple[ChangedParameter, ...]:
     for slot in slots.values():
         if slot.whole.is_inference():
             raise BadInput(
                 f"{slot.parameter} was made in torch.inference_mode() and is read-only; use merge=False, or load the "
                 "model outside of it"
             )
-    values = {name: _finite(name, slot, patch) for name, slot in slots.items()}
-    by_parameter = _by_parameter(slots)
-    originals = {parameter: own[0].whole.data for parameter, own in by_parameter.items()}
+    values, parameters = merged_values(patch, slots), by_parameter(slots)
+    originals = [Original.of(parameter, own) for parameter, own in parameters.items()]
     try:
-        for own in by_parameter.values():
-            _put(own[0].whole, _whole(own, values))
+        for own in parameters.values():
+            _put(own[0].whole, whole_value(own, values))
         rows = [row(s, patch.changes[n], "merged", _difference(s.tensor, values[n])) for n, s in slots.items()]
-        _APPLIED.setdefault(model, []).append(Applied(patch, lambda model: _restore(model, originals)))
+        _APPLIED.setdefault(model, []).append(Applied(patch, lambda model: restore(patch, model, originals)))
     except BaseException:
-        for parameter, original in originals.items():
-            _put(by_parameter[parameter][0].whole, original)
+        for original in originals:
+            _put(original.slots[0].whole, original.values)
         raise
-    return Receipt(tuple(rows), patch.validity)
+    return tuple(rows)
+
+
+def merged_values(patch: Patch, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """The slots' new numbers.
+
+    Raises:
+        BadInput: one overflows in its dtype.
+    """
+    return {name: _finite(name, slot, patch) for name, slot in slots.items()}
 
 
 def _finite(name: str, slot: Slot, patch: Patch) -> Tensor:
@@ -253,7 +219,7 @@ def _finite(name: str, slot: Slot, patch: Patch) -> Tensor:
     return value
 
 
-def _by_parameter(slots: Mapping[str, Slot]) -> dict[str, list[Slot]]:
+def by_parameter(slots: Mapping[str, Slot]) -> dict[str, list[Slot]]:
     """The slots of each parameter: itself, or slices of it."""
     found: dict[str, list[Slot]] = {}
     for slot in slots.values():
@@ -261,7 +227,7 @@ def _by_parameter(slots: Mapping[str, Slot]) -> dict[str, list[Slot]]:
     return found
 
 
-def _whole(slots: list[Slot], values: Mapping[str, Tensor]) -> Tensor:
+def whole_value(slots: list[Slot], values: Mapping[str, Tensor]) -> Tensor:
     """A parameter's new numbers: those of its slot, or the stack with its changed slices."""
     if slots[0].index is None:
         return values[slots[0].name]
@@ -269,20 +235,6 @@ def _whole(slots: list[Slot], values: Mapping[str, Tensor]) -> Tensor:
     for slot in slots:
         stack[slot.index] = values[slot.name]
     return stack
-
-
-def _restore(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    slots = find(model, originals)
-    for name, original in originals.items():
-        found = slots[name].tensor
-        if (found.shape, found.dtype, found.device) != (original.shape, original.dtype, original.device):
-            raise BadInput(
-                f"{name} was {list(original.shape)} {original.dtype} on {original.device} when the patch was put on, "
-                f"and is {list(found.shape)} {found.dtype} on {found.device} now; bring it back (.to), then remove the "
-                "patch"
-            )
-    for name, original in originals.items():
-        _put(slots[name].whole, original)
 
 
 def _put(parameter: Tensor, value: Tensor) -> None:
@@ -342,7 +294,7 @@ class Factored:
         own = any(change.per_token for change in beside.values())
         if not own or event.output.dim() < 3:
             return
-        each = any(len(_parts(change)[0]) == batch * tokens for change in beside.values())
+        each = any(len(change_parts(change)[0]) == batch * tokens for change in beside.values())
         ran = tuple(event.output.shape[:2])
         fits = ran in ((batch, tokens), (tokens, batch) if batch == 1 else ()) if each else ran[0] == batch
         if not fits:
@@ -363,21 +315,31 @@ class Factored:
 
     def digest(self, parameter: str) -> bytes:
         """A hash of what is kept beside the parameter."""
-        return b"".join(_digest(self.patch.changes[slot.name]) for slot in self.slots[parameter].values())
+        return b"".join(change_digest(self.patch.changes[slot.name]) for slot in self.slots[parameter].values())
 
 
-def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> Receipt:
-    by_parameter = {name: {slot.index: slot for slot in own} for name, own in _by_parameter(slots).items()}
-    handler = Factored(patch, by_parameter)
-    restore = intercept(model, list(by_parameter), handler)
+def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> tuple[ChangedParameter, ...]:
+    parameters = {name: {slot.index: slot for slot in own} for name, own in by_parameter(slots).items()}
+    handler = Factored(patch, parameters)
+    restore_all = intercept(model, list(parameters), handler)
     try:
         found = named(model)
-        for name in by_parameter:
+        for name in parameters:
             if getattr(found[name], "handler", None) is not handler:
                 raise BadInput(f"{name} cannot be intercepted: its module gives another tensor back")
         rows = tuple(row(slot, patch.changes[name], "factored", 0.0) for name, slot in slots.items())
-        _APPLIED.setdefault(model, []).append(Applied(patch, lambda _: restore()))
+        _APPLIED.setdefault(model, []).append(Applied(patch, lambda _: _uncovered(patch, restore_all())))
     except BaseException:
-        restore()
+        restore_all()
         raise
-    return Receipt(rows, patch.validity)
+    return rows
+
+
+def _uncovered(patch: Patch, exchanged: list[str]) -> None:
+    """Says which parameters are no longer those that the patch was put beside."""
+    if exchanged:
+        warnings.warn(
+            f"{some(exchanged)} were exchanged while {said(patch)} was on (load_state_dict(assign=True)?): what was "
+            "put there stays, without the patch",
+            stacklevel=5,
+        )

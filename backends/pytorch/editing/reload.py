@@ -6,7 +6,6 @@ The model itself is never touched: everything is put on a copy of its modules th
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,11 @@ from blockkit.extras import require
 from blockkit.graph.changes import MatrixChange
 from blockkit.patch.in_place import backend_of
 from blockkit.patch.patch import Patch
-from blockkit.patch.peft import Rerun
+from blockkit.patch.peft import Rerun, base_name
 
+from ..calling.interface import PATTERN, Interface, device_of, logits_of, vocabulary
 from ..calling.loading import load_model
+from ..calling.token_rows import close
 
 
 def reloaded(patch: Patch, changes: Mapping[str, MatrixChange], base: Any, adapter: Path) -> Rerun:
@@ -45,6 +46,7 @@ def reloaded(patch: Patch, changes: Mapping[str, MatrixChange], base: Any, adapt
     transposed = _transposed(patch)
     for path, change in changes.items():
         _require_module(model, path, change, path in transposed)
+    causal, name = causal_head(model), str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared).eval()
     unpatched = _logits(twin, patch)
@@ -53,17 +55,41 @@ def reloaded(patch: Patch, changes: Mapping[str, MatrixChange], base: Any, adapt
     with _kept_trainable(model):
         again = _logits(_with_adapter(twin, adapter), patch)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return Rerun(unpatched, patched, again, torch.finfo(dtype).eps)
+    return Rerun(unpatched, patched, again, torch.finfo(dtype).eps, causal, name)
+
+
+def causal_head(model: torch.nn.Module) -> bool:
+    """Whether the model gives a logit for every id, and those of a token do not depend on later ones."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    count = vocabulary(model)
+    if head is None or count is None or not hasattr(model, "generate"):
+        return False
+    ids = torch.tensor([PATTERN], device=device_of(model))
+    other = ids.clone()
+    other[0, -1] = 1 - other[0, -1]
+    with torch.no_grad():
+        try:
+            one, two = (logits_of(model(input_ids=value)) for value in (ids, other))
+        except Exception:  # it takes more than ids
+            return False
+    return one.shape[-1] >= count and close(two[:, :-1].float(), one[:, :-1].float())
+
+
+def _module(model: torch.nn.Module, path: str) -> Any:
+    """The module of the base model's path, within PEFT's wrappers too."""
+    modules = dict(model.named_modules())
+    found = modules.get(path, modules.get(f"base_model.model.{path}"))
+    return getattr(found, "base_layer", found)
 
 
 def _transposed(patch: Patch) -> set[str]:
     """The paths of the modules whose weights are stored `[d_in, d_out]`."""
     names = patch.transposed if patch.tensors is None else [patch.tensors.get(s, "") for s in patch.transposed]
-    return {name.removesuffix(".weight") for name in names}
+    return {base_name(name).removesuffix(".weight") for name in names}
 
 
 def _require_module(model: torch.nn.Module, path: str, change: MatrixChange, transposed: bool) -> None:
-    weight = getattr(dict(model.named_modules()).get(path), "weight", None)
+    weight = getattr(_module(model, path), "weight", None)
     if not isinstance(weight, torch.Tensor):
         raise BadInput(f"the model has no module {path} with a weight, which the patch changes")
     wanted = (change.left.shape[1], change.right.shape[1])
@@ -78,7 +104,7 @@ def _logits(model: torch.nn.Module, patch: Patch) -> np.ndarray:
     asked = {"position_ids": patch.position_ids, "use_cache": False}
     if patch.padding:
         asked["attention_mask"] = patch.attention_mask
-    takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    takes = Interface.of(model).takes
     given = {k: torch.as_tensor(v, device=device) if k != "use_cache" else v for k, v in asked.items() if k in takes}
     if (patch.query_ids < 0).any() or "decoder_input_ids" in takes:
         what = "the model is an encoder-decoder one" if "decoder_input_ids" in takes else "its query was embeddings"
@@ -94,7 +120,7 @@ def _logits(model: torch.nn.Module, patch: Patch) -> np.ndarray:
 @contextmanager
 def _merged(model: torch.nn.Module, changes: Mapping[str, MatrixChange], transposed: set[str]) -> Iterator[None]:
     """The model with the changes in its weights, W + left^T right: whatever reads them, sees them."""
-    modules = {path: model.get_submodule(path) for path in changes}
+    modules = {path: _module(model, path) for path in changes}
     before = {path: module.weight for path, module in modules.items()}
     try:
         for path, change in changes.items():
@@ -124,12 +150,18 @@ def _kept_trainable(model: torch.nn.Module) -> Iterator[None]:
 
 def _with_adapter(model: torch.nn.Module, adapter: Path) -> Any:
     """The model with the adapter loaded by `peft`, and every tensor of the adapter's file found in it."""
+    peft, name = require("peft"), "default"
     try:
-        loaded = require("peft").PeftModel.from_pretrained(model, str(adapter))
+        if isinstance(model, peft.PeftModel):  # beside the adapters that it has
+            loaded, name, active = model, "blockkit", list(model.active_adapters)
+            loaded.load_adapter(str(adapter), name)
+            loaded.base_model.set_adapter([*active, name])
+        else:
+            loaded = peft.PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise NotPatchable(f"peft does not put the adapter on this model: {error}") from None
-    there = {name.replace(".default.", "."): p for name, p in loaded.named_parameters()}
-    for name, meant in load_file(adapter / "adapter_model.safetensors").items():
-        if name not in there or not torch.equal(there[name].detach().cpu().to(meant.dtype), meant):
-            raise ExactnessLost(f"peft does not find the adapter's {name} on this model; nothing was written")
+    there = {key.replace(f".{name}.", "."): p for key, p in loaded.named_parameters() if f".{name}." in key}
+    for key, meant in load_file(adapter / "adapter_model.safetensors").items():
+        if key not in there or not torch.equal(there[key].detach().cpu().to(meant.dtype), meant):
+            raise ExactnessLost(f"peft does not find the adapter's {key} on this model; nothing was written")
     return loaded

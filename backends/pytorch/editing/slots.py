@@ -18,9 +18,9 @@ from blockkit.errors import BadInput
 from blockkit.graph.changes import Change, MatrixChange
 from blockkit.graph.graph import suggest
 
+from ..calling.numbers import foreign
 from ..watching.intercepted import bare
 
-NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SLICE = re.compile(r"^(.*)\[(\d+)\]$")
 
 
@@ -83,11 +83,8 @@ def require_plain(slot: Slot) -> None:
     whole = slot.whole
     if whole.is_meta:
         why = "is on the meta device: its numbers are not loaded"
-    elif type(whole) not in (nn.Parameter, Tensor):
-        why = f"is a {type(whole).__module__}.{type(whole).__qualname__} (quantised, sharded or not yet initialised)"
-    elif whole.dtype not in NUMBERS:
-        allowed = ", ".join(str(d).removeprefix("torch.") for d in NUMBERS)
-        why = f"holds {str(whole.dtype).removeprefix('torch.')} (quantised?), not one of {allowed}"
+    elif (strange := foreign(whole)) is not None:
+        why = strange
     elif whole.layout is not torch.strided:
         why = f"is stored as {whole.layout}, not as a dense tensor"
     elif any(step == 0 and size > 1 for step, size in zip(whole.stride(), whole.shape, strict=True)):

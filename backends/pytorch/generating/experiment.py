@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from blockkit.absorbing.generation import Settings, Static, Step, Yardstick
 from blockkit.absorbing.metrics import compare
 
-from ..absorbing.absorb import call
+from ..absorbing.run import call
 from ..blocks.traced import trace
 from ..calling.interface import Interface
 from ..calling.loading import load_model
 from ..calling.prompts import joined
-from .decoding import Decoder, Sampling, can_cache
+from ..editing.patch import TorchPatch
+from .decoding import Decoder, Sampling, cache_keyword
 from .generate import Generation, generate, logit_rows
 
 
@@ -80,6 +81,12 @@ class TransformersExperiment:
             )
         return found
 
+    def patch(self) -> TorchPatch:
+        """See `Experiment`."""
+        if self.generation.patch is None:
+            raise RuntimeError("nothing was generated")
+        return self.generation.patch
+
     def static(self) -> Static | None:
         """See `Experiment`; after `yardsticks`."""
         run = self.generation
@@ -114,17 +121,17 @@ def reference_runs(
     interface, first = Interface.of(model), int(prompt.shape[1]) - query
     tail = torch.tensor([ids[:-1]], dtype=prompt.dtype, device=prompt.device)
     whole = joined(model, prompt[:, :-1], torch.cat([prompt[:, -1:], tail], 1), (None, None), trace(model).first)
-    n, rows, caching = int(prompt.shape[1]), whole.length - first, can_cache(model, interface)
+    n, rows, cache = int(prompt.shape[1]), whole.length - first, cache_keyword(model, interface, whole)
     singles = [whole.part(i, i + 1) for i in range(n, whole.length)]
     with torch.no_grad():
-        decoder = Decoder(model, interface, caching)
+        decoder = Decoder(model, interface, cache)
         wanted = [
             logit_rows(decoder.run(whole.part(0, n), query)),
             *(logit_rows(decoder.run(one, 1)) for one in singles),
         ]
         others = [logit_rows(call(model, interface, whole, rows, {}))]
-        if caching:
-            behind = Decoder(model, interface, True)
+        if cache is not None:
+            behind = Decoder(model, interface, cache)
             behind.run(whole.part(0, first), 1)
             pieces = [
                 logit_rows(behind.run(whole.part(first, n), query)),

@@ -21,16 +21,18 @@ from blockkit.absorbing.metrics import Comparison, compare
 from blockkit.absorbing.proof import require_exact
 from blockkit.errors import BadInput, ExactnessLost
 
-from ..absorbing.absorb import absorbed_patch, call, model_dtype, originals
+from ..absorbing.absorb import absorbed_patch, originals
 from ..absorbing.lockstep import Solver, Task, plans
+from ..absorbing.run import call, model_dtype
 from ..blocks.traced import Traced, trace
 from ..calling.arguments import require_whole, stops
 from ..calling.interface import Interface
 from ..calling.prompts import Prompt, joined, require_ready
 from ..editing.patch import TorchPatch
+from ..editing.proving import worn
 from ..watching.observe import Chosen
 from ..watching.watcher import Finished, Rows, Seen, Watcher
-from .decoding import Decoder, Sampling, can_cache
+from .decoding import Decoder, Sampling, cache_keyword, warn_uncached
 from .growing import Grower, Grown
 
 MODES = ("each", "all")
@@ -172,7 +174,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.stored, self.dtype = originals(self.model), model_dtype(self.model)
-        self.caching = can_cache(self.model, self.interface)
+        self.cache = cache_keyword(self.model, self.interface, self.whole)
+        if self.cache is None:
+            warn_uncached(self.model)
         self.random = self.sampling.generator()
 
     # -- a patch for every token ---------------------------------------------------------------------
@@ -182,7 +186,7 @@ class _Run:
         task = Task(self.strategy, False, self.merge)
         self.traced, chosen = plans(self.traced, task, 1)
         rows = Rows(1, 1)
-        decoder = Decoder(self.model, self.interface, self.caching)
+        decoder = Decoder(self.model, self.interface, self.cache)
         following, last = self.whole, self.whole.part(-1)
         for _ in range(self.count):
             clock = time.perf_counter()
@@ -205,7 +209,7 @@ class _Run:
             following = last = self._next(token.id, last)
 
     def _proved(self, patch: TorchPatch, prompt: Prompt, keep: int) -> Tensor:
-        with torch.no_grad(), patch.applied(self.model):
+        with torch.no_grad(), worn(patch, self.model):
             return call(self.model, self.interface, prompt, keep, {})
 
     # -- one static patch that grows -----------------------------------------------------------------
@@ -215,7 +219,7 @@ class _Run:
         task = Task(self.strategy or "joint", False, False, twice=False)
         query = self.whole.part(self.context)
         self.traced, chosen = plans(self.traced, task, query.length + self.count)
-        contextual, reduced = (Decoder(self.model, self.interface, self.caching) for _ in range(2))
+        contextual, reduced = (Decoder(self.model, self.interface, self.cache) for _ in range(2))
         grown: dict[str, Grown] = {}
         following, here, seen = self.whole, query, query
         kept: list[np.ndarray] = []
@@ -226,8 +230,7 @@ class _Run:
             logits, target = self._contextual(contextual, chosen, rows, following)
             middle = time.perf_counter()
             targets.append(target)
-            reduced.caching = contextual.caching
-            stop = not self.compare_logits and reduced.caching
+            stop = not self.compare_logits and self.cache is not None
             if stop:
                 reduced.begin()
             grower = self._solver(Grower, chosen, rows, task, target, here.length)
@@ -246,7 +249,7 @@ class _Run:
             if token.id in self.stop_at:
                 return
             following = here = self._next(token.id, here)
-            seen = Prompt(torch.cat([seen.value, here.value], 1), torch.cat([seen.positions, here.positions], 1))
+            seen = Prompt(torch.cat([seen.value, here.value], 1), torch.cat([seen.positions, here.positions], -1))
 
     def _finished(
         self, task: Task, grower: Grower, seen: Prompt, kept: list[np.ndarray], targets: list[dict[int, Seen]]

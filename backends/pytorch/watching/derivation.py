@@ -85,7 +85,7 @@ def product(
 
 def reads(tensor: Any, name: str) -> bool:
     """Whether a tensor comes from the parameter `name`."""
-    return name in getattr(tensor, "names", ())
+    return name in getattr(tensor, "roots", ())
 
 
 def _factors(

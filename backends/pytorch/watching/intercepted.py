@@ -8,7 +8,9 @@ results of events are plain tensors, so nothing but the parameters themselves is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import FunctionType
@@ -79,11 +81,33 @@ class Event:
         """The parameter `name` itself, as it is stored."""
         found: list[Tensor] = []
         _gather(self._given, found)
-        return next(root.plain for t in found for root in _roots(t, self._handler) if root.names == (name,))
+        return next(root.plain for t in found for root in _roots(t, self._handler) if root.roots == (name,))
 
 
 Handler = Callable[[Event], Tensor | None]
 """Asked about every event: gives its result, or None to keep `event.output`."""
+
+
+@dataclass(frozen=True, eq=False)
+class OfThread:
+    """A handler for the thread that made it; all others read the parameter itself.
+
+    Attributes:
+        values: in place of named parameters, for that thread, which then is not asked about their events.
+    """
+
+    handler: Handler | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def __call__(self, event: Event) -> Tensor | None:
+        return None if self.handler is None else self.handler(event)
+
+    def read(self, tensor: Intercepted) -> Tensor:
+        """What this thread reads of a stand-in: itself, another value, or the parameter."""
+        if threading.get_ident() != self.thread:
+            return tensor.plain
+        return self.values.get(tensor.origin.name, tensor) if isinstance(tensor.origin, Root) else tensor
 
 
 class Intercepted(Tensor):
@@ -92,13 +116,13 @@ class Intercepted(Tensor):
     Attributes:
         plain: the tensor that it stands for.
         origin: the parameter, or the call that it came from.
-        names: of the parameters that it comes from.
+        roots: the names of the parameters that it comes from (a tensor of older versions has `names` of its own).
         handler: who is asked about the events that read it.
     """
 
     plain: Tensor
     origin: Origin
-    names: tuple[str, ...]
+    roots: tuple[str, ...]
     handler: Handler
 
     @staticmethod
@@ -112,16 +136,25 @@ class Intercepted(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _called(func, args, kwargs or {})
+        given: list[Tensor] = []
+        _gather((args, kwargs), given)
+        if all(_read(t) is t for t in given):
+            return _called(func, args, kwargs or {})
+        args, kwargs = _mapped(args, _read), _mapped(dict(kwargs or {}), _read)
+        left: list[Tensor] = []
+        _gather((args, kwargs), left)
+        return _called(func, args, kwargs) if any(isinstance(t, Intercepted) for t in left) else func(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbind(0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Intercepted:
         """A copied model keeps what is intercepted, with the same handler."""
+        if (own := _read(self)) is not self:
+            return deepcopy(own, memo)
         if id(self) not in memo:
             plain = _copied(self.plain, memo)
-            copy = _made(plain, self.origin, self.names, self.handler)
+            copy = _made(plain, self.origin, self.roots, self.handler)
             copy._is_param = getattr(self, "_is_param", False)
             memo[id(self)] = copy
         return memo[id(self)]
@@ -139,7 +172,7 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 def _made(plain: Tensor, origin: Origin, names: tuple[str, ...], handler: Handler) -> Intercepted:
     make: Callable[..., Intercepted] = Tensor._make_subclass
     made = make(Intercepted, plain, plain.requires_grad and plain.is_leaf and not plain.is_inference())
-    made.plain, made.origin, made.names, made.handler = plain, origin, names, handler
+    made.plain, made.origin, made.roots, made.handler = plain, origin, names, handler
     return made
 
 
@@ -156,6 +189,16 @@ _MAKERS = {
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, Tensor.__repr__,
     Tensor.__format__, Tensor.untyped_storage, Tensor.numpy,
 }  # fmt: skip
+
+
+def _read(tensor: Tensor) -> Tensor:
+    """What this thread reads of a tensor."""
+    while isinstance(tensor, Intercepted) and isinstance(tensor.handler, OfThread):
+        below = tensor.handler.read(tensor)
+        if below is tensor:
+            break
+        tensor = below
+    return tensor
 
 
 def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -226,7 +269,7 @@ def _derived(result: Any, step: Step, names: tuple[str, ...], handler: Handler) 
 
 def _recomputed(tensor: Intercepted, values: Mapping[str, Tensor], handler: Handler) -> Tensor:
     """The tensor, derived from other values of the parameters."""
-    if not any(name in values for name in tensor.names):
+    if not any(name in values for name in tensor.roots):
         return tensor.plain
     origin = tensor.origin
     if isinstance(origin, Root):
@@ -278,7 +321,7 @@ def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         func(target.plain, *_mapped(args[1:], bare), **_mapped(kwargs, bare))
         return target
     raise BadInput(
-        f"the model changes in place ({name}) what it computed of {', '.join(target.names)}; that cannot be followed"
+        f"the model changes in place ({name}) what it computed of {', '.join(target.roots)}; that cannot be followed"
     )
 
 
@@ -298,8 +341,8 @@ def _is_number(index: Any) -> bool:
 
 def _names(mine: Sequence[Intercepted], handler: Handler) -> tuple[str, ...]:
     if len(mine) == 1:
-        return mine[0].names
-    return tuple(dict.fromkeys(name for t in mine if t.handler is handler for name in t.names))
+        return mine[0].roots
+    return tuple(dict.fromkeys(name for t in mine if t.handler is handler for name in t.roots))
 
 
 def _gather(value: Any, found: list[Tensor]) -> None:

@@ -12,27 +12,31 @@ from torch import Tensor, nn
 from blockkit.errors import BadInput
 from blockkit.graph.graph import suggest
 
-from .intercepted import Handler, Intercepted, bare
+from .intercepted import Handler, Intercepted, OfThread, bare
 
 
 @contextmanager
 def intercepting(model: nn.Module, names: Sequence[str], handler: Handler) -> Iterator[None]:
     """The model with the named parameters intercepted; the very same parameters are back afterwards.
 
+    Other threads that run it meanwhile run it with the parameters themselves.
+
     A parameter that several modules share is intercepted in all of them, under the name that is given here.
 
     Raises:
         BadInput: the model has no such parameter.
     """
-    restore = intercept(model, names, handler)
+    restore = intercept(model, names, OfThread(handler))
     try:
         yield
     finally:
         restore()
 
 
-def intercept(model: nn.Module, names: Sequence[str], handler: Handler) -> Callable[[], None]:
+def intercept(model: nn.Module, names: Sequence[str], handler: Handler) -> Callable[[], list[str]]:
     """Puts `Intercepted` in the parameters' places for good; gives what puts the parameters back.
+
+    Where something else has been put in the meantime, that stays; their names are given back.
 
     Raises:
         BadInput: the model has no such parameter.
@@ -43,23 +47,32 @@ def intercept(model: nn.Module, names: Sequence[str], handler: Handler) -> Calla
         if name not in known:
             raise BadInput(f"the model has no parameter {name!r}{suggest(name, known)}")
         made.setdefault(_place(known[name]), Intercepted.of(known[name], name, handler))
-    replaced: list[tuple[Any, Any, Tensor]] = []
+    replaced: list[tuple[Any, Any, Tensor, Intercepted]] = []
 
-    def restore() -> None:
+    def restore() -> list[str]:
+        exchanged = []
         while replaced:  # each is forgotten when it is back, so that what breaks in can be followed by another try
-            holder, key, parameter = replaced[-1]
-            holder[key] = parameter
+            holder, key, parameter, stand_in = replaced[-1]
+            if _stands(holder, key) is stand_in:
+                holder[key] = parameter
+            else:
+                exchanged.append(stand_in.roots[0])
             replaced.pop()
+        return exchanged
 
     try:
         for holder, key, parameter in list(_held(model)):
             if (stand_in := made.get(_place(parameter))) is not None:
-                replaced.append((holder, key, parameter))
+                replaced.append((holder, key, parameter, stand_in))
                 holder[key] = stand_in
     except BaseException:
         restore()
         raise
     return restore
+
+
+def _stands(holder: Any, key: Any) -> Any:
+    return holder.get(key) if isinstance(holder, dict) else holder[key] if key < len(holder) else None
 
 
 def uncover(model: nn.Module, handler: Handler) -> None:

@@ -16,7 +16,7 @@ from blockkit.progress import Progress, silent
 from ..blocks.finding import at, replaced
 from ..blocks.traced import Block, Traced
 from ..blocks.translate import STREAM, Tap
-from ..calling.exclusive import sole_use
+from ..calling.exclusive import of_this_thread, sole_use
 from ..calling.token_rows import batch_rows
 from .intercepted import Event
 from .interception import intercepting
@@ -180,6 +180,8 @@ def _hooked(
     with ExitStack() as hooks:
         for block in {b.path: b for b in traced.blocks}.values():
             module = modules[block.path]
-            hooks.enter_context(module.register_forward_pre_hook(before(block), with_kwargs=True, prepend=True))
-            hooks.enter_context(module.register_forward_hook(after(block), with_kwargs=True))
+            hooks.enter_context(
+                module.register_forward_pre_hook(of_this_thread(before(block)), with_kwargs=True, prepend=True)
+            )
+            hooks.enter_context(module.register_forward_hook(of_this_thread(after(block)), with_kwargs=True))
         yield

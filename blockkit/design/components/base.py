@@ -11,6 +11,7 @@ from ...graph.graph import Node, Parameter
 from ...graph.ops import Add as AddOp
 from ...graph.ops import MatMul, Multiply, Op
 from ...graph.sizes import Size
+from .fields import require_fields, require_signal
 
 Number = int | float | str  # a number, or the name of a constant of the architecture
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ class Component:
 
     kind: ClassVar[str] = ""
     name: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuses settings of a wrong type, and signals that are none; what reads them is told which."""
+        require_fields(self)
+        for signal in inputs_of(self):
+            require_signal(signal, f"{type(self).__name__} reads", Component)
 
     def lower(self, to: Lowering, name: str, inputs: tuple[str, ...]) -> str:
         """Adds this component's nodes and parameters; returns the node that holds its result."""
@@ -118,7 +125,10 @@ class Product(Component):
 def inputs_of(component: Component) -> tuple[Any, ...]:
     """The signals a component reads: components while a block is written, names in a Block."""
     if hasattr(component, "inputs"):
-        return tuple(component.inputs)
+        inputs = component.inputs
+        if not isinstance(inputs, tuple | list):
+            raise BadInput(f"{type(component).__name__}: inputs must be a list of signals, got {inputs!r:.80}")
+        return tuple(inputs)
     return (component.input,) if hasattr(component, "input") else ()
 
 

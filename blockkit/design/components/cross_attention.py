@@ -37,7 +37,11 @@ class CrossAttention(Component):
     kind: ClassVar[str] = "cross_attention"
 
     def lower(self, to: Lowering, name: str, inputs: tuple[str, ...]) -> str:
-        """The queries, the mixing operation `NAME.heads`, and the output projection."""
+        """The queries, the mixing operation `NAME.heads`, and the output projection.
+
+        Raises:
+            BadInput: sizes that do not fit each other.
+        """
         width = to.shapes[inputs[0]]
         heads, head_dim = to.size(self.heads), head_dim_of(to, self.head_dim, self.heads, width)
         scale = None if self.scale is None else to.number(self.scale, f"{name}.scale")

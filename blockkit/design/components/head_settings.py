@@ -47,7 +47,11 @@ class RopeSettings:
     truncate: bool = True
 
     def op(self, to: Lowering, name: str, head_dim: Size) -> Rope:
-        """The rotation for heads of `head_dim` coordinates."""
+        """The rotation for heads of `head_dim` coordinates.
+
+        Raises:
+            BadInput: that many coordinates cannot be rotated in pairs.
+        """
 
         def number(key: str) -> float:
             return to.number(getattr(self, key), f"{name}.{key}")
@@ -90,7 +94,11 @@ class QKNorm:
     after_rope: bool = False
 
     def op(self, to: Lowering, name: str) -> HeadNorm:
-        """The norm with its numbers put in, for the mixing operation."""
+        """The norm with its numbers put in, for the mixing operation.
+
+        Raises:
+            BadInput: settings that exclude each other.
+        """
         if self.over == "all" and (self.after_rope or self.scale == "per_head"):
             raise BadInput(f"{name}: after_rope and scale: per_head are for norms over a head")
         eps = to.number(self.eps, f"{name}.eps")
@@ -114,6 +122,11 @@ class RelativeBiasSettings:
     max_distance: int | str = 128
 
     def op(self, to: Lowering, causal: bool) -> RelativeBias:
+        """The bias with its numbers put in, for the mixing operation.
+
+        Raises:
+            BadInput: buckets and distances that do not fit each other.
+        """
         found = RelativeBias(to.size(self.buckets), to.size(self.max_distance))
         buckets, furthest = found.buckets.known, found.max_distance.known
         if buckets is not None and (buckets < (2 if causal else 4) or buckets % (2 if causal else 4)):

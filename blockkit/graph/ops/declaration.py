@@ -85,7 +85,11 @@ class Declaration:
 
     @classmethod
     def arguments(cls) -> tuple[str, ...]:
-        """The names of the arguments of `compute`."""
+        """The names of the arguments of `compute`.
+
+        Raises:
+            BadInput: `compute` does not name them one by one.
+        """
         names = list(inspect.signature(cls.compute).parameters.values())[2:]
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in names):
             raise BadInput(f"{cls.__name__}.compute: name its arguments one by one, as compute(self, xp, u, gain)")

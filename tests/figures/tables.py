@@ -1,6 +1,6 @@
-"""The README's tables that follow from the code: the components, and what the planner derives for every family.
+"""The handbook's catalogue: what the planner derives for every family, all at the same sizes.
 
-python tests/tables.py prints them; with --write they take the place of those in the README (`make table`).
+python tests/figures/tables.py prints it; --write puts it into the handbook's data (`make table`).
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-import readme
+import results
 
 from blockkit.design import catalog
-from blockkit.design.reference import components_json
 from blockkit.errors import BadInput, NotPatchable
 from blockkit.graph.graph import Graph
 from blockkit.planner.plan import make_plan
@@ -77,39 +76,13 @@ def rows() -> Iterator[tuple[str, ...]]:
             yield (name, *columns, architecture.note)
 
 
-def catalogue_table() -> str:
+def catalogue() -> results.Table:
     """One row a family, all at the same sizes."""
-    return _markdown([HEAD, ("---",) * len(HEAD), *rows()])
-
-
-def components_table() -> str:
-    """One row a component."""
-    lines: list[tuple[str, ...]] = [("component", "computes", "settings"), ("---",) * 3]
-    for entry in components_json():
-        settings = [f"`{k}`" if v == "required" else f"`{k}` = {v}" for k, v in entry["settings"].items()]
-        lines.append((f"`{entry['component']}`", entry["computes"], ", ".join(settings) or "-"))
-    return _markdown(lines)
-
-
-def _markdown(lines: list[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-TABLES = {"catalogue": catalogue_table, "components": components_table}
-
-
-def in_readme(text: str, name: str) -> str:
-    """The table that stands between its markers in a README."""
-    return readme.between(text, *markers(name))
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name}: made by `make table` -->", f"<!-- end of {name} -->"
+    return results.Table.of(HEAD, rows())
 
 
 if __name__ == "__main__":
-    for name, made in TABLES.items():
-        if "--write" in sys.argv:
-            readme.write(*markers(name), made())
-        else:
-            print(made(), end="\n\n")
+    made = catalogue()
+    print(made)
+    if "--write" in sys.argv:
+        results.write("catalogue", [made])
