@@ -11,7 +11,6 @@ import typer
 
 from .. import api
 from ..errors import BadInput
-from ..planner.plan import STRATEGIES
 from .options import (
     AsJson,
     Filter,
@@ -20,6 +19,7 @@ from .options import (
     Only,
     Own,
     SpecArg,
+    Strategy,
     filtered,
     own_components,
     require_apart,
@@ -68,7 +68,7 @@ def check(
 
 def plan(
     spec: SpecArg,
-    strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "stable",
+    strategy: Strategy = "stable",
     only: Only = None,
     freeze: Freeze = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that one static patch must serve.")] = None,
@@ -118,7 +118,7 @@ def verify(
     spec: SpecArg,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     width: Annotated[int | None, typer.Option(help="Of the residual stream, where the spec writes a symbol.")] = None,
-    strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "stable",
+    strategy: Strategy = "stable",
     tokens: Annotated[int, typer.Option(help="Tokens that one static patch must serve.")] = 1,
     only: Only = None,
     freeze: Freeze = None,

@@ -54,10 +54,11 @@ Filter = Annotated[
     str | None, typer.Argument(metavar="FILTER", help="A part of a name or description, or a glob of names.")
 ]
 OneBlock = Annotated[str | None, typer.Option("--block", help="Only this kind of block.")]
-StrategyName = Annotated[
-    str | None,
-    typer.Option("--strategy", help=f"One of {', '.join(STRATEGIES)}.", autocompletion=_begin(lambda: STRATEGIES)),
-]
+_STRATEGY = typer.Option(
+    "--strategy", help=f"One of {', '.join(STRATEGIES)}.", autocompletion=_begin(lambda: STRATEGIES)
+)
+Strategy = Annotated[str, _STRATEGY]
+StrategyName = Annotated[str | None, _STRATEGY]
 ModelPath = Annotated[
     str,
     typer.Option(
