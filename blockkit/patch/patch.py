@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -22,10 +21,10 @@ from ..checkpoint.model import Model, open_model, stored_name
 from ..display import figure, tagged
 from ..errors import BadInput, BlockkitError
 from ..graph.changes import Change, dense, digest, narrowed, shape_of
-from ..graph.graph import Globs, globs, listed
+from ..graph.graph import Globs
 from .file import changes_digest, read_patch, write_patch
 from .in_place import Receipt, backend_of
-from .table import Table, layer_of, table_of
+from .table import Table, selected, table_of
 
 ALLOWED = "--allow-other-weights (allow_other_weights=True) uses it there all the same, and claims nothing"
 
@@ -178,19 +177,7 @@ class Patch:
         Raises:
             BadInput: a layer that the patch does not change, a glob that matches nothing, or nothing is left.
         """
-        patterns = globs("parameters", parameters)
-        chosen = _chosen_layers(self.changes, layers)
-        for pattern in patterns:
-            if not any(fnmatchcase(slot, pattern) for slot in self.changes):
-                raise BadInput(f"{pattern!r:.80} matches none of the changes; there are {listed(self.changes)}")
-        kept = {
-            slot: change
-            for slot, change in self.changes.items()
-            if (chosen is None or layer_of(slot) in chosen)
-            and (not patterns or any(fnmatchcase(slot, p) for p in patterns))
-        }
-        if not kept:
-            raise BadInput("no change is in those layers and matches those globs; there would be nothing to apply")
+        kept = selected(self.changes, layers, parameters)
         if len(kept) == len(self.changes):
             return self
         return replace(
@@ -383,16 +370,6 @@ class Patch:
         if same and self.whole:
             return Merged(f"not proved in this form: the patch file has nothing to compare with; made as {self._claim}")
         return Merged(self.validity_on(same))
-
-
-def _chosen_layers(changes: Mapping[str, Change], layers: int | Iterable[int] | None) -> frozenset[int] | None:
-    if layers is None:
-        return None
-    found = frozenset((layers,) if isinstance(layers, int) else layers if isinstance(layers, Iterable) else (layers,))
-    known = sorted({n for n in map(layer_of, changes) if n is not None})
-    if strange := [n for n in found if type(n) is not int or n not in known]:
-        raise BadInput(f"layers holds {strange[0]!r:.40}; the patch changes {', '.join(map(str, known)) or 'no layer'}")
-    return found
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from ..display import short, table
+from ..errors import BadInput
 from ..graph.changes import Change, MatrixChange, shape_of
+from ..graph.graph import Globs, globs, listed
 
 LAYER = re.compile(r"(?:^|[._/])(\d+)(?=[./]|$)")  # the first whole number in a slot's name
 
@@ -83,7 +86,37 @@ def table_of(changes: Mapping[str, Change], title: str) -> Table:
     return Table(title, tuple(_row(slot, change) for slot, change in changes.items()))
 
 
-def layer_of(slot: str) -> int | None:
+def selected(changes: Mapping[str, Change], layers: int | Iterable[int] | None, parameters: Globs) -> dict[str, Change]:
+    """The changes in some layers (None: in all) whose slots match one of some globs (none: whatever they are).
+
+    Raises:
+        BadInput: a layer without a change, a glob that matches nothing, or nothing is left.
+    """
+    patterns, chosen = globs("parameters", parameters), _chosen(changes, layers)
+    for pattern in patterns:
+        if not any(fnmatchcase(slot, pattern) for slot in changes):
+            raise BadInput(f"{pattern!r:.80} matches none of the changes; there are {listed(changes)}")
+    kept = {
+        slot: change
+        for slot, change in changes.items()
+        if (chosen is None or _layer(slot) in chosen) and (not patterns or any(fnmatchcase(slot, p) for p in patterns))
+    }
+    if not kept:
+        raise BadInput("no change is in those layers and matches those globs; there would be nothing to apply")
+    return kept
+
+
+def _chosen(changes: Mapping[str, Change], layers: int | Iterable[int] | None) -> frozenset[int] | None:
+    if layers is None:
+        return None
+    found = (layers,) if isinstance(layers, int) else tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    known = sorted({n for n in map(_layer, changes) if n is not None})
+    if strange := [n for n in found if type(n) is not int or n not in known]:
+        raise BadInput(f"layers holds {strange[0]!r:.40}; the patch changes {', '.join(map(str, known)) or 'no layer'}")
+    return frozenset(found)
+
+
+def _layer(slot: str) -> int | None:
     """The number of the layer that a slot's name tells; None where it holds no number."""
     found = LAYER.search(slot)
     return int(found[1]) if found else None
