@@ -194,7 +194,9 @@ def globs(name: str, given: Globs) -> tuple[str, ...]:
     """
     found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (None,)
     if not all(isinstance(pattern, str) for pattern in found):
-        raise BadInput(f"{name} must be a glob of parameter names ('*.bias') or a list of them, got {given!r:.60}")
+        raise BadInput(
+            f"{name} must be a list of globs of parameter names ('*.bias'), or one of them, got {given!r:.60}"
+        )
     return found
 
 

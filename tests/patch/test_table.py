@@ -126,7 +126,7 @@ def test_a_part_of_a_part_is_a_part_of_the_whole() -> None:
         ({"parameters": "*.nope"}, "matches none of the changes; there are layers.0.a"),
         ({"layers": 0, "parameters": "*.b"}, "no change is in those layers"),
         ({"layers": ()}, "no change is in those layers"),
-        ({"parameters": 3}, "parameters must be a glob"),
+        ({"parameters": 3}, "parameters must be a list of globs"),
     ],
 )
 def test_parts_that_there_are_not(asked: dict[str, Any], message: str) -> None:

@@ -131,5 +131,5 @@ def test_one_glob_may_stand_without_a_list(glob: str) -> None:
     out = x + bk.MLP(bk.Attention(x, heads=1, head_dim=4, name="a"), hidden=8, name="mlp")
     assert bk.Block(out, width=4, tied="mlp.*") == bk.Block(out, width=4, tied=("mlp.*",))
     for wrong in (3, [3]):
-        with pytest.raises(BadInput, match="only must be a glob"):
+        with pytest.raises(BadInput, match="only must be a list of globs"):
             bk.check("gemma3", only=wrong)
