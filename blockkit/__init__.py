@@ -8,11 +8,15 @@
     print(bk.check(block))
     print(bk.plan(block, strategy="paper"))
 
+    patch = bk.absorb(model, tokenizer, "the context", " a query")      # or a name: bk.absorb("gemma3-270m", ...)
+
 Nothing is imported here before it is asked for; frameworks only where a backend is.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from . import display
 
 if TYPE_CHECKING:
     from .api import check, explain, load, plan, replace_constants, schema
@@ -49,11 +53,14 @@ if TYPE_CHECKING:
     from .errors import BadInput, BlockkitError, ConditionViolated, ExactnessLost, MissingDependency, NotPatchable
     from .graph.graph import Graph, Node, Parameter
     from .graph.ops.declaration import solves
+    from .jobs import absorb, export, generate
     from .patch.patch import Patch
     from .planner.controls import controls
     from .planner.plan import Plan
     from .planner.verdict import Verdict
+    from .session import Session
     from .trials.verify import Verification, verify
+    from .views.picture import Picture, draw
 
 __version__ = "0.1.0"
 
@@ -88,6 +95,7 @@ __all__ = [
     "Operation",
     "Parameter",
     "Patch",
+    "Picture",
     "Plan",
     "Product",
     "QKNorm",
@@ -95,16 +103,21 @@ __all__ = [
     "RelativeBiasSettings",
     "RopeSettings",
     "Scale",
+    "Session",
     "Signal",
     "Slice",
     "Softcap",
     "Softmax",
     "Verdict",
     "Verification",
+    "absorb",
     "check",
     "compare",
     "controls",
+    "draw",
     "explain",
+    "export",
+    "generate",
     "load",
     "plan",
     "replace_constants",
@@ -130,9 +143,15 @@ _MODULES = {
     "planner.controls": "controls",
     "planner.plan": "Plan",
     "planner.verdict": "Verdict",
+    "jobs": "absorb export generate",
+    "session": "Session",
     "trials.verify": "Verification verify",
+    "views.picture": "Picture draw",
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+display.when_asked(lambda: import_module(".views.notebook", __name__).register())
 
 
 def __getattr__(name: str) -> Any:

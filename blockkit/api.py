@@ -11,8 +11,8 @@ from .design import catalog
 from .design.architecture import Architecture, Block
 from .design.components import Component
 from .design.spec import architecture_from, graph_from, read_document, schema
-from .errors import BadInput
-from .graph.graph import Graph
+from .errors import BadInput, NotPatchable
+from .graph.graph import Globs, Graph
 from .graph.sizes import Capacity
 from .patch.in_place import backend_of
 from .planner.explain import Explanation
@@ -81,8 +81,8 @@ def _from_path(text: str, components: Components) -> Architecture | Graph:
 
 def check(
     spec: Judged,
-    only: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    only: Globs = (),
+    freeze: Globs = (),
     tokens: int | None = None,
     components: Components = (),
     example: Any = None,
@@ -91,7 +91,7 @@ def check(
 
     Args:
         spec: what `load` takes, or a model in memory (a `torch.nn.Module`, say).
-        only, freeze: globs of parameter names; only those matched by `only` and not by `freeze` move.
+        only, freeze: globs of parameter names, one or several; only those matched by `only` and not by `freeze` move.
         tokens: how many tokens one static patch must serve; None for whatever the routes can.
         components: see `load`.
         example: what a model in memory is called with, where that cannot be guessed (token ids can).
@@ -105,8 +105,8 @@ def check(
 
 def explain(
     spec: Judged,
-    only: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    only: Globs = (),
+    freeze: Globs = (),
     tokens: int | None = None,
     components: Components = (),
     example: Any = None,
@@ -125,21 +125,34 @@ def explain(
 def plan(
     spec: Judged,
     strategy: str = "stable",
-    only: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    only: Globs = (),
+    freeze: Globs = (),
     tokens: int | None = None,
     components: Components = (),
     example: Any = None,
+    block: str | None = None,
 ) -> Plan:
-    """The plan of a strategy for the block (for a model with different blocks: of its first kind).
+    """The plan of a strategy for the block; of a model's several kinds of blocks, the first with the `others`.
+
+    Args:
+        block: only this kind of block.
 
     Raises:
-        BadInput: the spec cannot be read, an unknown strategy, or a glob that matches nothing.
-        NotPatchable: the strategy has no route; the message says which have.
+        BadInput: the spec cannot be read, an unknown strategy or kind, or a glob that matches nothing.
+        NotPatchable: the strategy has no route; the message says which have, and for which kind of block.
     """
     graphs = distinct_graphs(spec, only, freeze, components, example)
-    plans = [make_plan(graph, strategy, require_positive(tokens)) for graph in graphs.values()]
-    return plans[0]
+    known = [kind for kinds in graphs for kind in kinds]
+    if block is not None and block not in known:
+        raise BadInput(f"there is no kind of block {block!r:.80}; there are {', '.join(known)}")
+    wanted = {kinds: g for kinds, g in graphs.items() if block is None or block in kinds}
+    plans = []
+    for kinds, graph in wanted.items():
+        try:
+            plans.append(replace(make_plan(graph, strategy, require_positive(tokens)), blocks=kinds))
+        except NotPatchable as error:
+            raise NotPatchable(f"{'/'.join(kinds)}: {error}" if len(graphs) > 1 else str(error)) from None
+    return replace(plans[0], others=tuple(plans[1:]))
 
 
 def replace_constants(architecture: Architecture, constants: Mapping[str, Any]) -> Architecture:
@@ -178,8 +191,8 @@ def said_of(spec: Spec, error: BadInput) -> BadInput:
 
 def distinct_graphs(
     spec: Judged,
-    only: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    only: Globs = (),
+    freeze: Globs = (),
     components: Components = (),
     example: Any = None,
 ) -> dict[tuple[str, ...], Graph]:

@@ -11,8 +11,9 @@ from textwrap import wrap
 
 from . import api
 from .design.architecture import Architecture
+from .display import tagged
 from .errors import BadInput
-from .graph.graph import Graph
+from .graph.graph import Globs, Graph, globs
 from .graph.sizes import Size
 from .planner.plan import STRATEGIES, offers
 from .planner.route import Route
@@ -60,6 +61,9 @@ class Comparison:
     left: Side
     right: Side
 
+    def __repr__(self) -> str:
+        return tagged(self, f"{self.left.name} and {self.right.name}")
+
     def __str__(self) -> str:
         return _table(self.left, self.right)
 
@@ -67,8 +71,8 @@ class Comparison:
 def compare(
     left: api.Spec,
     right: api.Spec,
-    only: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    only: Globs = (),
+    freeze: Globs = (),
     tokens: int | None = None,
     components: api.Components = (),
 ) -> Comparison:
@@ -85,7 +89,7 @@ def compare(
     designs = [api.load(left, components), api.load(right, components)]
     names = [_name(given, design) for given, design in zip((left, right), designs, strict=True)]
     graphs = [_graphs(given, design) for given, design in zip((left, right), designs, strict=True)]
-    only, freeze = tuple(only), tuple(freeze)
+    only, freeze = globs("only", only), globs("freeze", freeze)
     known = {p.name for found in graphs for g in found.values() for p in g.parameters}
     for pattern in (*only, *freeze):
         if not any(fnmatchcase(name, pattern) for name in known):

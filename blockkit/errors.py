@@ -26,7 +26,7 @@ class BadInput(BlockkitError):
         self.at = at
 
 
-class MissingDependency(BadInput):
+class MissingDependency(BadInput, ImportError):
     """An optional package is not installed: the message holds the install line."""
 
 

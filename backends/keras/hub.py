@@ -25,6 +25,7 @@ from keras import ops
 from blockkit.absorbing.algorithm import Absorbed
 from blockkit.absorbing.algorithm import absorb as absorb_by
 from blockkit.absorbing.executor import Executor
+from blockkit.absorbing.generation import Experiment, Settings
 from blockkit.absorbing.metrics import compare
 from blockkit.absorbing.proof import require_exact
 from blockkit.absorbing.request import Request
@@ -35,6 +36,7 @@ from blockkit.graph.graph import Graph
 from blockkit.graph.packing import Packing
 from blockkit.patch.in_place import Receipt
 from blockkit.patch.patch import Patch
+from blockkit.progress import Progress, silent
 
 from . import hub_editing
 from .arrays import KerasArrays
@@ -47,7 +49,15 @@ PROBE = 8  # tokens on which a description is proved
 ROUNDING = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 0.06, "float16": 0.01}  # of one block's largest value
 
 
-def absorb(model: Any, context: Any, query: Any, *, strategy: str | None = None, tokens: str = "last") -> Patch:
+def absorb(
+    model: Any,
+    context: Any,
+    query: Any,
+    *,
+    strategy: str | None = None,
+    tokens: str = "last",
+    progress: Progress | None = None,
+) -> Patch:
     """Absorbs a context into the weights of a KerasHub causal language model, which is left as it was.
 
     Args:
@@ -55,6 +65,7 @@ def absorb(model: Any, context: Any, query: Any, *, strategy: str | None = None,
         context, query: token ids, `[1, n]` and `[1, q]`: any array.
         strategy: how the parameters are chosen; by default as the planner recommends.
         tokens: `last` (exact for the query's last token) or `all` (for every token of the query).
+        progress: called with a stage in words and the fraction of it that is done (`print` will do).
 
     Returns:
         The patch, with the error of the model's own edited run on the query against its own contextual logits.
@@ -70,8 +81,11 @@ def absorb(model: Any, context: Any, query: Any, *, strategy: str | None = None,
         )
     request = Request(_ids(context, "context"), _ids(query, "query"), tokens, start=0)
     everything = np.concatenate([request.context, request.query])
+    report = progress or silent
+    report("finding the blocks", 0.0)
     executor = open_hub(model, len(everything))
-    absorbed = absorb_by(executor, request, strategy)
+    absorbed = absorb_by(executor, request, strategy, report)
+    report("running the contextual and the edited model", 0.0)
     wanted = own_logits(model, everything)[-len(request.served) :]
     patch = _patch(model, executor, absorbed)
     hub_editing.apply(patch, model, True)
@@ -175,6 +189,19 @@ class _KerasHub:
     def graphs(self, model: Any, example: Any = None) -> Mapping[str, Graph]:
         """The graphs of the distinct blocks; what the model is called with is known, so `example` plays no part."""
         return open_hub(model).architecture.graphs
+
+    def absorb(self, model: Any, context: Any, query: Any, **options: Any) -> Patch:
+        if unknown := [name for name in options if name not in ("strategy", "tokens", "progress")]:
+            raise BadInput(
+                f"absorb takes no {unknown[0]!r} for a KerasHub model; allowed are strategy, tokens, progress"
+            )
+        return absorb(model, context, query, **options)
+
+    def experiment(self, model: Any, ids: list[int], settings: Settings) -> Experiment:
+        raise BadInput(
+            "the generation experiment runs on PyTorch models; of a KerasHub model, absorb the prompt (tokens='all') "
+            "and call model.generate with the patch applied"
+        )
 
     def check(self, patch: Patch, model: Any) -> None:
         hub_editing.check(patch, model)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..display import tagged
 from ..errors import BadInput
 from ..graph.arrays import Array
 from ..planner.plan import Plan, make_plan
@@ -51,6 +52,10 @@ class Absorbed:
     stream: np.ndarray
     residual_by_block: tuple[float, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        count = sum(map(len, self.overlays.values()))
+        return tagged(self, f"{len(self.request.context)} tokens in {count} changes, linf {self.measured.linf:.2g}")
 
 
 def absorb(

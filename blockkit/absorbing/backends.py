@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
 from ..checkpoint.dtypes import NARROW
 from ..checkpoint.model import Model
 from ..errors import BadInput, MissingDependency
+from ..extras import reason
 from .executor import Executor
 
 GROUP = "blockkit.backends"
@@ -20,12 +23,20 @@ def backends() -> tuple[str, ...]:
 
 
 def default_backend() -> str:
-    """The first of jax, torch and tensorflow that is installed with Keras; else numpy."""
+    """What KERAS_BACKEND says; else the first of jax, torch and tensorflow that is installed with Keras; else numpy."""
     if find_spec("keras") is not None:
-        for name in PREFERRED:
-            if find_spec(name) is not None:
+        for name in dict.fromkeys((os.environ.get("KERAS_BACKEND", ""), *PREFERRED)):
+            if name in PREFERRED and find_spec(name) is not None:
                 return name
     return "numpy"
+
+
+def running_backend() -> str:
+    """What Keras runs on in this Python, or will by KERAS_BACKEND; numpy where nobody has said: only the command line
+    may choose for Keras, which does it once."""
+    keras = sys.modules.get("keras")
+    name = str(keras.backend.backend()) if keras is not None else os.environ.get("KERAS_BACKEND", "")
+    return name if name in PREFERRED and find_spec("keras") is not None and find_spec(name) is not None else "numpy"
 
 
 def open_executor(model: Model, backend: str, dtype: str = "float32") -> Executor:
@@ -41,7 +52,7 @@ def open_executor(model: Model, backend: str, dtype: str = "float32") -> Executo
     try:
         opener = found[backend].load()
     except ImportError as error:
-        needs = f"the {backend} backend cannot be imported ({error})"
+        needs = f"the {backend} backend cannot be imported ({reason(error)})"
         if backend not in PREFERRED:
             raise MissingDependency(f"{needs}; it comes from the package {_package(found[backend])}") from None
         raise MissingDependency(f'{needs}. Install it with: pip install "blockkit-patch[{backend}]"') from None

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ..checkpoint.cache import resolve_model
-from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
+from ..checkpoint.tokenizer import load_tokenizer
+from ..display import tagged
 from ..errors import BadInput, MissingDependency
+from ..extras import reason
 from ..progress import Progress
 from .metrics import Comparison
 from .sampling import Sampling
@@ -105,9 +107,11 @@ class Experiment(Protocol):
     """A model that is open, and the experiment on it.
 
     Attributes:
+        settings: as they were carried out (a model in memory has a dtype of its own).
         largest_logit: of the contextual run, in absolute value, once `yardsticks` has run.
     """
 
+    settings: Settings
     largest_logit: float
 
     def steps(self) -> Iterator[Step]:
@@ -151,6 +155,10 @@ class Generated:
     largest_logit: float
     seconds: dict[str, float]
 
+    def __repr__(self) -> str:
+        agree = sum(s.id == s.patched_id for s in self.steps)
+        return tagged(self, f"{len(self.steps)} tokens, {agree} the same from the patched model: {self.text!r}")
+
     @property
     def faithful(self) -> bool:
         """Whether the patched model chose every token of which the contextual model itself is sure.
@@ -164,35 +172,63 @@ class Generated:
 
 
 class Run:
-    """The experiment on a model by name or path; iterate to get each token and its text as soon as it is known.
+    """The experiment on an open model; iterate to get each token and its text as soon as it is known.
 
     Args:
-        progress: called with a stage and the fraction of it that is done.
+        opener: opens the experiment for the prompt's ids and the settings.
+        ids: the prompt's.
+        decode: the text of ids.
+        started: when opening began, by `time.perf_counter`.
 
     Raises:
         BadInput: the model, the prompt or a setting cannot be used.
-        MissingDependency: an optional package is missing; the message holds the install line.
         NotPatchable, ConditionViolated, ExactnessLost: while iterating: the patched model cannot follow.
     """
 
-    def __init__(self, model: str, prompt: str, settings: Settings, progress: Progress) -> None:
-        clock = time.perf_counter()
-        folder = resolve_model(model, progress)
-        self.settings, self.tokenizer = settings, load_tokenizer(folder)
-        self.ids = self.tokenizer.encode(prompt, special=True)
-        if len(self.ids) < 2:
+    def __init__(
+        self,
+        opener: Callable[[list[int], Settings], Experiment],
+        ids: list[int],
+        settings: Settings,
+        decode: Callable[[list[int]], str],
+        started: float | None = None,
+    ) -> None:
+        clock = time.perf_counter() if started is None else started
+        self.ids, self.decode = ids, decode
+        if len(ids) < 2:
             raise BadInput(
-                f"the prompt is {len(self.ids)} token(s) long; it takes two: the last stays, those before are context"
+                f"the prompt is {len(ids)} token(s) long; it takes two: the last stays, those before are context"
             )
-        progress(f"loading the weights ({settings.dtype})", 0.0)
-        self.experiment = _opener()(folder, self.ids, settings)
+        self.experiment = opener(ids, settings)
+        self.settings = self.experiment.settings
         self.steps: list[Step] = []
         self.texts: list[str] = []
         self.seconds = {"load": time.perf_counter() - clock}
 
+    @staticmethod
+    def open(model: str, prompt: str, settings: Settings, progress: Progress) -> Run:
+        """The experiment on a model by name or path.
+
+        Args:
+            progress: called with a stage and the fraction of it that is done.
+
+        Raises:
+            BadInput: the model, the prompt or a setting cannot be used.
+            MissingDependency: an optional package is missing; the message holds the install line.
+        """
+        clock = time.perf_counter()
+        folder = resolve_model(model, progress)
+        tokenizer = load_tokenizer(folder)
+
+        def opened(ids: list[int], settings: Settings) -> Experiment:
+            progress(f"loading the weights ({settings.dtype})", 0.0)
+            return _opener()(folder, ids, settings)
+
+        return Run(opened, tokenizer.encode(prompt, special=True), settings, tokenizer.decode, clock)
+
     def __iter__(self) -> Iterator[tuple[Step, str]]:
         for step in self.experiment.steps():
-            self.texts.append(_text(self.tokenizer, [s.id for s in self.steps], step.id))
+            self.texts.append(_text(self.decode, [s.id for s in self.steps], step.id))
             self.steps.append(step)
             yield step, self.texts[-1]
 
@@ -205,17 +241,17 @@ class Run:
             name: sum(s.seconds[i] for s in self.steps) for i, name in enumerate(("contextual", "patched", "proof"))
         }
         seconds = {**self.seconds, **stages, "measure": time.perf_counter() - clock}
-        text = self.tokenizer.decode([s.id for s in self.steps])
+        text = self.decode([s.id for s in self.steps])
         return Generated(
             self.settings, tuple(self.ids), tuple(self.steps), tuple(self.texts), text, tuple(yardsticks), static,
             self.experiment.largest_logit, seconds,
         )  # fmt: skip
 
 
-def _text(tokenizer: Tokenizer, before: list[int], new: int) -> str:
+def _text(decode: Callable[[list[int]], str], before: list[int], new: int) -> str:
     """What a token adds to the text; part of a character stays with the token that completes it."""
-    known, whole = tokenizer.decode(before), tokenizer.decode([*before, new])
-    return whole[len(known) :] if whole.startswith(known) else tokenizer.decode([new])
+    known, whole = decode(before), decode([*before, new])
+    return whole[len(known) :] if whole.startswith(known) else decode([new])
 
 
 def _opener() -> Opener:
@@ -223,7 +259,7 @@ def _opener() -> Opener:
     try:
         return found[0].load()
     except (IndexError, ImportError) as error:
-        why = error if found else f"nothing is registered as {GROUP}"
+        why = reason(error) if found else f"nothing is registered as {GROUP}"
         raise MissingDependency(
             f'generating needs PyTorch and transformers ({why}). Install: pip install "blockkit-patch[inplace]"'
         ) from None

@@ -1,4 +1,4 @@
-"""The command line: `blockkit list | components | check | plan | compare | verify | graph | absorb | ...`.
+"""The command line: `blockkit list | components | check | plan | compare | verify | graph | absorb | show | ...`.
 
 Results go to stdout, progress and messages to stderr. Exit status: 0 done or yes, 1 a well-formed no,
 2 bad input, 70 a fault of blockkit's own, 130 interrupted.
@@ -48,7 +48,8 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -83,6 +84,6 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 for command in (
     designs.list_, designs.components, designs.check, designs.plan, designs.compare, designs.verify, designs.graph,
-    designs.schema, models.absorb, models.apply_, models.export, models.generate, models.demo,
+    designs.schema, models.absorb, models.show_, models.apply_, models.export, models.generate, models.demo,
 ):  # fmt: skip
     app.command(command.__name__.rstrip("_"))(command)

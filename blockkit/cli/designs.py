@@ -11,13 +11,16 @@ import typer
 
 from .. import api
 from ..errors import BadInput
-from ..planner.plan import STRATEGIES
 from .options import (
     AsJson,
+    Filter,
     Freeze,
+    OneBlock,
     Only,
     Own,
     SpecArg,
+    Strategy,
+    filtered,
     own_components,
     require_apart,
     require_known,
@@ -27,19 +30,20 @@ from .options import (
 from .output import printable, show
 
 
-def list_(as_json: AsJson = False) -> None:
-    """The catalogue of architectures."""
+def list_(filter_: Filter = None, as_json: AsJson = False) -> None:
+    """The catalogue of architectures; with FILTER, those whose name, description or source has it."""
     from ..views.report import catalogue_json, catalogue_text
 
-    entries = catalogue_json()
+    entries = filtered(catalogue_json(), filter_, ("name", "family", "note", "source"))
     show({"architectures": entries}, catalogue_text(entries), as_json)
 
 
-def components(as_json: AsJson = False) -> None:
-    """The components that specs are made of, with their settings."""
+def components(filter_: Filter = None, as_json: AsJson = False) -> None:
+    """The components that specs are made of, with their settings; with FILTER, those that have it in their entry."""
     from ..design.reference import components_json, components_text
 
-    show({"components": components_json()}, components_text(), as_json)
+    entries = filtered(components_json(), filter_, ("component", "computes", "settings"))
+    show({"components": entries}, components_text(entries), as_json)
 
 
 def check(
@@ -64,7 +68,7 @@ def check(
 
 def plan(
     spec: SpecArg,
-    strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "stable",
+    strategy: Strategy = "stable",
     only: Only = None,
     freeze: Freeze = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that one static patch must serve.")] = None,
@@ -72,18 +76,25 @@ def plan(
     latex: Annotated[bool, typer.Option("--latex", help="As a LaTeX document.")] = False,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart, the route highlighted.")] = False,
     svg: Annotated[bool, typer.Option("--svg", help="As an SVG drawing, the route highlighted.")] = False,
+    block: OneBlock = None,
     components: Own = None,
     as_json: AsJson = False,
 ) -> None:
-    """The patch as numbered assignments, each with its law and where it comes from; or a document or drawing of it."""
-    from ..views.report import plan_json, render_plan
+    """The patch as numbered assignments, each with its law and where it comes from; or a document or drawing of it.
+
+    Of a model with several kinds of blocks every one is shown; a document or drawing is of one, by default the first.
+    """
+    from ..views.report import plans_json, render_plan
 
     forms = [name for name, on in (("latex", latex), ("mermaid", mermaid), ("svg", svg), ("explain", derived)) if on]
     if len(forms) > 1:
         raise BadInput(f"--{forms[0]} and --{forms[1]} exclude each other; ask for one at a time")
-    found = api.plan(spec, strategy, only or (), freeze or (), tokens, own_components(components))
+    found = api.plan(spec, strategy, only or (), freeze or (), tokens, own_components(components), block=block)
+    if forms and not derived and found.others:
+        others = ", ".join(kind for plan in found.others for kind in plan.blocks)
+        print(f"of the block {'/'.join(found.blocks)}; --block shows another: {others}", file=sys.stderr)
     text = render_plan(found, forms[0], spec) if forms else str(found)
-    show(plan_json(found) | ({forms[0]: text} if forms else {}), text, as_json)
+    show(plans_json(found) | ({forms[0]: text} if forms else {}), text, as_json)
 
 
 def compare(
@@ -107,11 +118,11 @@ def verify(
     spec: SpecArg,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     width: Annotated[int | None, typer.Option(help="Of the residual stream, where the spec writes a symbol.")] = None,
-    strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "stable",
+    strategy: Strategy = "stable",
     tokens: Annotated[int, typer.Option(help="Tokens that one static patch must serve.")] = 1,
     only: Only = None,
     freeze: Freeze = None,
-    block: Annotated[str | None, typer.Option(help="Only this kind of block.")] = None,
+    block: OneBlock = None,
     dump: Annotated[Path | None, typer.Option(help="Write all that a recheck needs to this .npz file.")] = None,
     components: Own = None,
     as_json: AsJson = False,

@@ -65,6 +65,28 @@ def absorb(
     raise typer.Exit(0 if _faithful(result) else 1)
 
 
+def show_(
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file that `absorb --out` wrote.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw norms and ranks into this .png, .svg or .pdf file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a patch file holds: what it was made for, and what it changes in which layer."""
+    from ..extras import require
+    from ..patch.patch import Patch
+    from ..views.generation import PLOTS, require_suffix
+    from ..views.patch_plot import write_patch_plot
+    from ..views.report import patch_json, patch_text
+
+    if plot is not None:
+        require_suffix("--plot", plot, PLOTS)
+        require_writable(plot, "--plot")
+        require("matplotlib")
+    loaded = Patch.load(patch)
+    if plot is not None:
+        write_patch_plot(loaded, plot)
+    show(patch_json(loaded), patch_text(loaded), as_json)
+
+
 def apply_(
     model: ModelPath,
     patch: Annotated[Path, typer.Option(help="A patch file that `absorb --out` wrote.")],
@@ -156,7 +178,7 @@ def generate(
     text = text_of("--prompt", prompt)
 
     with progress() as report:
-        run = generation.Run(model, text, settings, report)
+        run = generation.Run.open(model, text, settings, report)
         if as_json:
             for number, _ in enumerate(run, 1):
                 report("generating", number / max_new_tokens)

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from ..display import picture, table, tagged
 from ..errors import BadInput
-from ..graph.graph import Graph, listed, suggest
+from ..graph.graph import Graph, globs, listed, suggest
 from ..graph.sizes import Size
 from .components import Component, Number, Stream, inputs_of, lower, with_inputs
 from .components.fields import require_fields, require_signal
@@ -28,7 +29,7 @@ class Block:
         width: of the residual stream: a number or a symbol.
         nodes: the components by name.
         input: the name of the residual stream.
-        tied: globs of parameters that are also used outside one block, so may not move.
+        tied: globs of parameters (one or several) that are also used outside one block, so may not move.
         frozen: globs of parameters that may not move because the designer says so.
 
     Raises:
@@ -43,7 +44,16 @@ class Block:
     frozen: tuple[str, ...] = ()
     place: Place | None = field(default=None, compare=False, repr=False)  # where it is written, for messages
 
+    def __repr__(self) -> str:
+        size = f"{len(self.nodes)} components of width {self.width}"
+        return tagged(self, f"{self.input} -> {self.output}, {size}: {', '.join(self.nodes)}")
+
+    def _repr_svg_(self) -> str | None:
+        return picture(self)
+
     def __post_init__(self) -> None:
+        for key in ("tied", "frozen"):
+            object.__setattr__(self, key, globs(key, getattr(self, key)))
         if isinstance(self.output, Component):
             output, nodes, stream = _flatten(self.output)
             for key, value in (("output", output), ("nodes", nodes), ("input", stream)):
@@ -68,16 +78,16 @@ class Block:
                 raise
             raise placed(error, self.place, self.place.at("nodes", self.place.node["nodes"])) from None
         names = [p.name for p in plain.parameters]
-        tied, frozen = (_matching(names, globs) for globs in (self.tied, self.frozen))
+        tied, frozen = (_matching(names, given) for given in (self.tied, self.frozen))
         stored = tuple(replace(p, tied=p.name in tied, frozen=p.name in frozen) for p in plain.parameters)
         return replace(plain, parameters=stored)
 
 
-def _matching(names: list[str], globs: tuple[str, ...]) -> frozenset[str]:
-    for glob in globs:
+def _matching(names: list[str], given: tuple[str, ...]) -> frozenset[str]:
+    for glob in given:
         if not any(fnmatchcase(n, glob) for n in names):
             raise BadInput(f"{glob!r:.80} matches no parameter; there are {listed(names)}")
-    return frozenset(n for n in names if any(fnmatchcase(n, g) for g in globs))
+    return frozenset(n for n in names if any(fnmatchcase(n, g) for g in given))
 
 
 def _flatten(out: Component) -> tuple[str, dict[str, Component], str]:
@@ -201,6 +211,29 @@ class Architecture:
     note: str = ""
     stem: Block | None = None
     components: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        depth = f", {self.depth or self.layers.count} layers" if self.layers else ""
+        return tagged(self, f"{self.name}, width {self.size(self.width)}{depth}, blocks {', '.join(self.blocks)}")
+
+    def _repr_html_(self) -> str:
+        depth = f", {self.depth or self.layers.count} layers" if self.layers else ""
+        rows = [(kind, self._places(kind), ", ".join(block.nodes)) for kind, block in self.blocks.items()]
+        notes = [text for text in (self.note, self.source) if text]
+        return table(
+            f"{self.name}: width {self.size(self.width)}{depth}", ("block", "layers", "components"), rows, notes
+        )
+
+    def _places(self, kind: str) -> str:
+        """How many layers are of this kind, or where in the pattern it stands."""
+        if self.layers is None:
+            return "-"
+        if self.depth is not None:
+            return str(sum(self.kind_at(layer) == kind for layer in range(self.depth)))
+        return f"{self.layers.pattern.count(kind)} of every {len(self.layers.pattern)}"
+
+    def _repr_svg_(self) -> str | None:
+        return picture(self)
 
     def __post_init__(self) -> None:
         require_fields(self)

@@ -16,10 +16,10 @@ def components_json() -> list[dict[str, Any]]:
     ]
 
 
-def components_text() -> str:
+def components_text(entries: list[dict[str, Any]]) -> str:
     """The same as a page of text."""
     lines = []
-    for entry in components_json():
+    for entry in entries:
         lines.append(f"{entry['component']}: {entry['computes']}")
         shown = [k if v == "required" else f"{k} = {v}" for k, v in entry["settings"].items()]
         lines.append(f"    {entry['reads']}" + "".join(f", {s}" for s in shown))

@@ -26,6 +26,7 @@ from .components import COMPONENTS, Component
 from .components.composite import Composite
 from .documents import Place, check_keys, mapping, plain, strings
 
+OWN = "; a component of your own comes from a Python file: --components FILE.py (in Python components=[...])"
 MOST_PARTS = 100_000  # components that all composites of a spec may unfold into
 DEEPEST = 40  # composites inside composites
 _SETTING = re.compile(r"\$(\w+)")
@@ -84,7 +85,9 @@ class Vocabulary:
         if not isinstance(kind, str) or kind not in self.kinds:
             known = [*self.kinds, *self.composites]
             meant = nearest(kind, known) if isinstance(kind, str) else ""
-            raise BadInput(f"{place}: unknown component {plain(kind)!r:.80}; allowed are {', '.join(known)}{meant}")
+            raise BadInput(
+                f"{place}: unknown component {plain(kind)!r:.80}; allowed are {', '.join(known)}{meant}{OWN}"
+            )
         cls = self.kinds[kind]
         check_keys(cls, settings, place, hidden=("name",))
         return validated(cls, settings, place)

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import TypeAlias
 
+from ..display import picture, tagged
 from ..errors import BadInput
 from .ops import Argument, Op, Shape
 from .sizes import Size
 
 LONGEST_NAME = 1000
+Globs: TypeAlias = str | Iterable[str]  # one pattern of names, or several
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ class Graph:
     parameters: tuple[Parameter, ...]
     nodes: tuple[Node, ...]
     shapes: Mapping[str, Shape] = field(compare=False, hash=False)
+
+    def __repr__(self) -> str:
+        size = f"{len(self.nodes)} operations, {len(self.parameters)} parameters, width {self.width}"
+        return tagged(self, f"{self.input} -> {self.output}, {size}")
+
+    def _repr_svg_(self) -> str | None:
+        return picture(self)
 
     @staticmethod
     def build(
@@ -154,13 +164,15 @@ class Graph:
         nodes = [replace(n, op=_bound_op(n.op, constants)) for n in self.nodes]
         return Graph.build(self.input, self.output, self.width.bind(constants), stored, nodes)
 
-    def restricted(self, only: Iterable[str] = (), freeze: Iterable[str] = ()) -> Graph:
+    def restricted(self, only: Globs = (), freeze: Globs = ()) -> Graph:
         """The same graph with parameters frozen: those no `only` glob matches, and those a `freeze` glob does.
+
+        One glob may stand without a list.
 
         Raises:
             BadInput: a pattern matches no parameter.
         """
-        only, freeze = tuple(only), tuple(freeze)
+        only, freeze = globs("only", only), globs("freeze", freeze)
         names = [p.name for p in self.parameters]
         for pattern in (*only, *freeze):
             if not any(fnmatchcase(n, pattern) for n in names):
@@ -172,6 +184,20 @@ class Graph:
 
         stored = tuple(replace(p, frozen=p.frozen or held(p.name)) for p in self.parameters)
         return replace(self, parameters=stored)
+
+
+def globs(name: str, given: Globs) -> tuple[str, ...]:
+    """Patterns of names; one alone may stand without a list.
+
+    Raises:
+        BadInput: what was given as `name` is something else.
+    """
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (None,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise BadInput(
+            f"{name} must be a list of globs of parameter names ('*.bias'), or one of them, got {given!r:.60}"
+        )
+    return found
 
 
 def _bound_op(op: Op, constants: Mapping[str, object]) -> Op:

@@ -9,6 +9,7 @@ is this project's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -38,6 +39,18 @@ class Kind(Enum):
     OPEN = "open"
     SIZE = "size"
 
+    @property
+    def meaning(self) -> str:
+        """How a condition of this kind fails, in words."""
+        return _HOW_IT_FAILS[self]
+
+
+_HOW_IT_FAILS = {
+    Kind.GENERIC: "fails only on a set of measure zero",
+    Kind.OPEN: "fails for whole regions of contexts",
+    Kind.SIZE: "depends on sizes that are still symbols",
+}
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -49,6 +62,12 @@ class Condition:
 
     def __str__(self) -> str:
         return f"{self.text} [{self.kind.value}]"
+
+
+def legend(conditions: Iterable[Condition]) -> list[str]:
+    """A line for each kind among the conditions: what its tag means, below where the tags appear."""
+    used = {condition.kind for condition in conditions}
+    return [f"[{kind.value}]: {kind.meaning}" for kind in Kind if kind in used]
 
 
 @dataclass(frozen=True)

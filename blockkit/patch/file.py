@@ -162,7 +162,7 @@ def _facts(text: str) -> dict[str, Any]:
         raise ValueError("measured holds what is no number")
     whole = {k: _integers(k, facts[k]) for k in ("query", "padding", "positions") if k in facts}
     _require_batch(whole, facts.get("batch", 1))
-    names = {"transposed": tuple(facts["transposed"])} if "transposed" in facts else {}
+    names = {key: tuple(facts[key]) for key in ("transposed", "whole") if key in facts}
     return {**facts, **whole, **names}
 
 
@@ -210,6 +210,8 @@ def _require_fitting(facts: Mapping[str, Any], changes: Mapping[str, Change]) ->
             raise ValueError(f"the change of {slot} is not what a patch of its kind holds")
     if unknown := [s for s in (*facts.get("transposed", ()), *facts.get("tensors", {})) if s not in changes]:
         raise ValueError(f"{unknown[0]} does not change")
+    if "whole" in facts and not changes.keys() < set(facts["whole"]):
+        raise ValueError("it changes what the patch that it is a part of does not")
 
 
 # -- changes -----------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, TypeVar
 
+from ..absorbing.generation import Experiment, Settings
+from ..display import short
 from ..errors import BadInput, MissingDependency
+from ..extras import reason
 from ..graph.graph import Graph
 
 GROUP = "blockkit.in_place"
-P = TypeVar("P", contravariant=True)  # the patch: whatever the backend reads of it
+P = TypeVar("P")  # the patch: whatever the backend makes and reads of it
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Receipt:
     validity: str
     proved: bool = True
 
+    __repr__ = short
+
     @property
     def exact(self) -> bool:
         """Whether the edit is one that was proved, and every parameter, read back, is what it was meant to be."""
@@ -84,6 +89,28 @@ class InPlace(Protocol[P]):
 
         Raises:
             BadInput: no block can be found, or the example does not fit.
+        """
+        ...
+
+    def absorb(self, model: Any, context: Any, query: Any, **options: Any) -> P:
+        """The patch that stands in for the context; the model is left as it was.
+
+        Args:
+            context, query: token ids `[batch, n]` and `[batch, q]`, any array or nested list (or what else the
+                backend's own `absorb` takes).
+            options: keywords of the backend's own `absorb`: `strategy`, `tokens`, `progress` in every backend.
+
+        Raises:
+            BadInput: something given does not fit; the message says what is allowed.
+            NotPatchable, ConditionViolated, ExactnessLost: see `blockkit.absorbing.algorithm.absorb`.
+        """
+        ...
+
+    def experiment(self, model: Any, ids: list[int], settings: Settings) -> Experiment:
+        """The generation experiment on the model, for a prompt of one sequence.
+
+        Raises:
+            BadInput: the prompt or a setting does not fit, or the framework's models cannot be generated with.
         """
         ...
 
@@ -144,6 +171,7 @@ def _loaded(entry: EntryPoint) -> InPlace[Any]:
     except ImportError as error:
         package = entry.dist.name if entry.dist is not None else entry.module
         raise MissingDependency(
-            f"the {entry.name} backend for models in memory cannot be imported ({error}); it comes from {package}"
+            f"the {entry.name} backend for models in memory cannot be imported ({reason(error)}); it comes from "
+            f'{package}. Install what it needs with: pip install "{package}[all]"'
         ) from None
     return backend

@@ -6,22 +6,25 @@ weights it was made for, for which tokens it is exact, and what error was measur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ..absorbing.written import Promise, Proved, prove
 from ..checkpoint.folder import write_folder
 from ..checkpoint.model import Model, open_model, stored_name
+from ..display import figure, tagged
 from ..errors import BadInput, BlockkitError
 from ..graph.changes import Change, dense, digest, narrowed, shape_of
+from ..graph.graph import Globs
 from .file import changes_digest, read_patch, write_patch
 from .in_place import Receipt, backend_of
+from .table import Table, selected, table_of
 
 ALLOWED = "--allow-other-weights (allow_other_weights=True) uses it there all the same, and claims nothing"
 
@@ -82,6 +85,13 @@ class Patch:
         if not self.measured_for:
             object.__setattr__(self, "measured_for", self._changes_digest)
 
+    def __repr__(self) -> str:
+        error = f", linf {self.measured['linf']:.2g}" if "linf" in self.measured else ""
+        return tagged(self, f"{len(self.changes)} changed parameter(s), {self.strategy}; {self.validity}{error}")
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
     @cached_property
     def _changes_digest(self) -> str:
         return changes_digest(self.changes)
@@ -140,9 +150,41 @@ class Patch:
         served = {"last": "the last token", "each": "every token, each with its own patch", "all": "every token"}
         real = self._places[..., self.attention_mask == 1]
         where = f"{len(self.query) // self.batch} token(s), at positions {real.min()} to {real.max()}"
-        if self.batch == 1:
-            return f"exact for {served[self.tokens]} of one query of {where}"
-        return f"exact for {served[self.tokens]} of each of {self.batch} queries of up to {where}"
+        queries = f"one query of {where}" if self.batch == 1 else f"each of {self.batch} queries of up to {where}"
+        return f"exact for {served[self.tokens]} of {queries}"
+
+    def table(self) -> Table:
+        """What changes, a row for each parameter: layer, shape, rank, norm, and how much rounding is amplified."""
+        return table_of(self.changes, self.validity)
+
+    def plot(self) -> Any:
+        """Norm and rank of the changes over the layers, as a `matplotlib.figure.Figure`.
+
+        Raises:
+            MissingDependency: `matplotlib` is not installed.
+        """
+        return figure(self)
+
+    def subset(self, layers: int | Iterable[int] | None = None, parameters: Globs = ()) -> Self:
+        """The part of the patch that changes some layers or parameters only, as for an ablation.
+
+        Nothing was measured for a part, and `validity` claims nothing of it. The model it fits is the same.
+
+        Args:
+            layers: numbers of layers (one alone will do), as `table` shows them; None for all.
+            parameters: globs of slots, as `*.down_proj`; empty for all.
+
+        Raises:
+            BadInput: a layer that the patch does not change, a glob that matches nothing, or nothing is left.
+        """
+        kept = selected(self.changes, layers, parameters)
+        if len(kept) == len(self.changes):
+            return self
+        return replace(
+            self, changes=kept, measured={}, measured_for=self.measured_for, contextual={}, floors={}, source="",
+            transposed=tuple(slot for slot in self.transposed if slot in kept),
+            tensors=None if self.tensors is None else {s: t for s, t in self.tensors.items() if s in kept},
+        )  # fmt: skip
 
     @staticmethod
     def of(absorbed: Any, model: Model, dtype: str, promise: Promise | None = None) -> Patch:

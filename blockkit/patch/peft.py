@@ -20,6 +20,7 @@ import numpy as np
 from ..absorbing.metrics import compare
 from ..atomic import new_folder
 from ..errors import BadInput, ExactnessLost, MissingDependency, NotPatchable
+from ..extras import reason
 from ..graph.changes import Change, MatrixChange
 from ..progress import Progress
 from .patch import Patch
@@ -234,7 +235,7 @@ def _reloader() -> Any:
         return found[0].load()
     except (IndexError, ImportError) as error:
         raise MissingDependency(
-            f"comparing the adapter with the model needs peft and PyTorch ({error}). "
+            f"comparing the adapter with the model needs peft and PyTorch ({reason(error)}). "
             'Install them with: pip install "blockkit-patch[peft]"'
         ) from None
 

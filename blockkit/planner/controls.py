@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..design.architecture import Block
 from ..design.components import Component, Linear
+from ..display import short, tagged
 from ..graph.graph import Graph, Node
 from ..graph.laws import Condition
 from ..graph.ops import Add, Mix, Shape, Slice
@@ -62,6 +63,8 @@ class Control:
         """The conditions of the first route."""
         return self.routes[0].conditions if self.routes else ()
 
+    __repr__ = short
+
     def __str__(self) -> str:
         if not self.routes:
             return self.status
@@ -77,6 +80,9 @@ class Controls:
     input_control: Control
     output_control: Control
     mixing: bool = False
+
+    def __repr__(self) -> str:
+        return tagged(self, f"input {self.input_control.status}, output {self.output_control.status}")
 
     def __str__(self) -> str:
         return f"input control:  {self.input_control}\noutput control: {self.output_control}"

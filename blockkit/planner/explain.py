@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..display import short
 from ..graph.graph import Graph
-from ..graph.laws import Condition, Kind
 from ..graph.reach import Reach
 from .route import Link, Route, Step
 from .unblocking import Change, Changes, smallest_changes
@@ -24,11 +24,6 @@ RULES = (
     "  steer: rule 1, a parameter that may move; rule 2, a node that nothing else reads; rule 3, a norm's direction;",
     "    rule 4, a parameter that reaches the target in several ways, all of them linear.",
 )
-_HOW_IT_FAILS = {
-    Kind.GENERIC: "fails only on a set of measure zero",
-    Kind.OPEN: "fails for whole regions of contexts",
-    Kind.SIZE: "depends on sizes that are still symbols",
-}
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,8 @@ class Explanation:
     graph: Graph
     changes: dict[str, Changes]
 
+    __repr__ = short
+
     @property
     def listed(self) -> tuple[tuple[str, Change], ...]:
         """Every change that was found, with the kind of block it is for, the smallest first."""
@@ -57,6 +54,9 @@ class Explanation:
     def __str__(self) -> str:
         return self.page()
 
+    def _repr_html_(self) -> str:
+        return self.verdict.html(self._advice())
+
     def page(self, derived: bool = False) -> str:
         """What a person reads: the verdict, its conditions in words, and the smallest change for a no.
 
@@ -64,18 +64,7 @@ class Explanation:
             derived: with the derivation of every route.
         """
         verdict = self.verdict
-        lines = [str(verdict).partition("\n")[0]]
-        if verdict.routes:
-            lines.append("routes, the outermost parameter first:")
-        for number, route in enumerate(verdict.routes, 1):
-            names = " + ".join(route.parameters) or "nothing to do"
-            lines.append(f"  {number}. {names}   tokens: {route.capacity}   {route.source}")
-            lines.extend(
-                f"       {text}" for text in (derivation(self.graph, route) if derived else _conditions(route))
-            )
-        if verdict.obstructions:
-            lines.append("why not:")
-            lines.extend(f"  - {o.node}: {o.reason}" for o in verdict.obstructions)
+        lines = list(verdict.lines((lambda route: derivation(self.graph, route)) if derived else None))
         lines.extend(RULES if derived and verdict.routes else ())
         return "\n".join([*lines, *self._advice()])
 
@@ -99,11 +88,6 @@ def explain(graph: Graph, verdict: Verdict, blocked: dict[str, Graph], tokens: i
         tokens: how many tokens one static patch has to serve.
     """
     return Explanation(verdict, graph, {kind: smallest_changes(g, tokens) for kind, g in blocked.items()})
-
-
-def condition_in_words(condition: Condition) -> str:
-    """What must hold, and when it does not."""
-    return f"{condition.text} ({_HOW_IT_FAILS[condition.kind]})"
 
 
 def derivation(graph: Graph, route: Route) -> list[str]:
@@ -135,7 +119,7 @@ def _of_step(graph: Graph, step: Step) -> Iterator[str]:
     if step.region:
         yield f"  rule 4 of steer: {step.parameter} reaches {step.goal} in several ways, all linear: one joint equation"
     for condition in step.conditions:
-        yield f"  if {condition_in_words(condition)}"
+        yield f"  if {condition}"
 
 
 def _of_link(graph: Graph, link: Link) -> str:
@@ -164,10 +148,6 @@ def equation(graph: Graph, name: str) -> str:
 
 def _shortened(names: tuple[str, ...]) -> tuple[str, ...]:
     return names if len(names) <= MOST_ARGUMENTS else (*names[: MOST_ARGUMENTS - 1], "...", names[-1])
-
-
-def _conditions(route: Route) -> Iterator[str]:
-    yield from dict.fromkeys(f"if {condition_in_words(condition)}" for condition in route.conditions)
 
 
 def _outcome(change: Change) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..display import picture, short, table
 from ..errors import BadInput, NotPatchable
 from ..graph.graph import Graph
-from ..graph.laws import Action
+from ..graph.laws import Action, legend
 from ..graph.ops import show_shape
 from ..graph.sizes import Size
 from .route import Route, Step
@@ -41,6 +42,8 @@ class Plan:
         steps: the assignments in words.
         numbers_stored: how many numbers the factored patch of one block holds.
         route: the same, for the solver.
+        blocks: the kinds of blocks that it is for, where a model was asked about.
+        others: the plans of the model's other kinds of blocks, where these are planned differently.
     """
 
     strategy: str
@@ -48,9 +51,41 @@ class Plan:
     numbers_stored: Size
     route: Route
     graph: Graph
+    blocks: tuple[str, ...] = ()
+    others: tuple[Plan, ...] = ()
+
+    __repr__ = short
 
     def __str__(self) -> str:
-        lines = [f"strategy {self.strategy}: {self.numbers_stored} numbers stored for a block"]
+        parts = [plan._page(bool(self.others)) for plan in self.all]
+        return "\n".join([*parts, *legend(c for plan in self.all for c in plan.route.conditions)])
+
+    @property
+    def all(self) -> tuple[Plan, ...]:
+        """This plan and those of the model's other kinds of blocks."""
+        return (self, *self.others)
+
+    def title(self, several: bool = False) -> str:
+        """The strategy, and what its plan costs; with the block's kind, where there are `several`."""
+        where = f" of kind {'/'.join(self.blocks)}" if several else ""
+        return f"strategy {self.strategy}: {self.numbers_stored} numbers stored for a block{where}"
+
+    def _repr_html_(self) -> str:
+        head = ("", "parameter", "shape", "rank", "assignment", "law", "conditions", "source")
+        tables = []
+        for plan in self.all:
+            rows = [
+                (n, s.parameter, s.shape, s.rank or "-", s.formula, s.law, "; ".join(s.conditions), s.source)
+                for n, s in enumerate(plan.steps, 1)
+            ]
+            tables.append(table(plan.title(bool(self.others)), head, rows, legend(plan.route.conditions)))
+        return "".join(tables)
+
+    def _repr_svg_(self) -> str | None:
+        return picture(self)
+
+    def _page(self, several: bool) -> str:
+        lines = [self.title(several)]
         for number, step in enumerate(self.steps, 1):
             lines.append(f"  {number}. {step.formula}")
             rank = f", rank {step.rank}" if step.rank else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ..display import short, table
 from ..graph.graph import Graph
-from ..graph.laws import Kind
+from ..graph.laws import Kind, legend
 from ..graph.sizes import Capacity
 from .refutation import Refutation
 from .route import Obstruction, Route
@@ -28,20 +30,52 @@ class Verdict:
     routes: tuple[Route, ...]
     obstructions: tuple[Obstruction, ...]
 
+    __repr__ = short
+
     def __str__(self) -> str:
-        answer = {True: "patchable", False: "not patchable", None: "unknown"}[self.patchable]
+        return "\n".join(self.lines())
+
+    @property
+    def answer(self) -> str:
+        """The verdict without its reasons, in words."""
+        found = {True: "patchable", False: "not patchable", None: "unknown"}[self.patchable]
         served = f", one static patch serves up to {self.capacity} token(s)" if self.routes and self.patchable else ""
-        lines = [f"{answer}{served}"]
+        return f"{found}{served}"
+
+    def lines(self, below: Callable[[Route], Iterable[str]] | None = None) -> Iterator[str]:
+        """The page that `print` shows, line by line.
+
+        Args:
+            below: what stands below each route; by default its conditions.
+        """
+        yield self.answer
         if self.routes:
-            lines.append("routes, the outermost parameter first:")
+            yield "routes, the outermost parameter first:"
         for number, route in enumerate(self.routes, 1):
-            names = " + ".join(route.parameters) or "nothing to do"
-            lines.append(f"  {number}. {names}   tokens: {route.capacity}   {route.source}")
-            lines.extend(f"       if {c.node}: {c}" for c in route.conditions)
+            yield f"  {number}. {_names(route)}   tokens: {route.capacity}   {route.source}"
+            yield from (f"       {text}" for text in (below or _conditions)(route))
+        yield from legend(c for route in self.routes for c in route.conditions)
         if self.obstructions:
-            lines.append("why not:")
-            lines.extend(f"  - {o.node}: {o.reason}" for o in self.obstructions)
-        return "\n".join(lines)
+            yield "why not:"
+            yield from (f"  - {o.node}: {o.reason}" for o in self.obstructions)
+
+    def html(self, more: Iterable[str] = ()) -> str:
+        """The same for a notebook, with more notes below it."""
+        rows = [(_names(r), r.capacity, "; ".join(_conditions(r)), r.source) for r in self.routes]
+        notes = legend(c for route in self.routes for c in route.conditions)
+        why = (f"why not: {o.node}: {o.reason}" for o in self.obstructions)
+        return table(self.answer, ("route", "tokens", "conditions", "source"), rows, [*notes, *why, *more])
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+
+def _names(route: Route) -> str:
+    return " + ".join(route.parameters) or "nothing to do"
+
+
+def _conditions(route: Route) -> list[str]:
+    return list(dict.fromkeys(f"if {c.node}: {c}" if c.node else f"if {c}" for c in route.conditions))
 
 
 def judge(graph: Graph, tokens: int | None = None) -> Verdict:

@@ -19,8 +19,9 @@ from .. import api
 from ..atomic import write_file
 from ..design.components import Component
 from ..design.raw_graph import graph_document, raw_graph
+from ..display import tagged
 from ..errors import BadInput, ConditionViolated, NotPatchable
-from ..graph.graph import Graph, suggest
+from ..graph.graph import Globs, Graph, suggest
 from ..planner.plan import make_plan
 from .small_sizes import with_small_sizes
 from .trial import Mixing, Result, Trial, draw, solve
@@ -100,6 +101,10 @@ class Verification:
         """Why the worst block is not exact; empty if it is."""
         return self.worst.reason
 
+    def __repr__(self) -> str:
+        exact = "exact" if self.exact else f"no: {self.reason}"
+        return tagged(self, f"strategy {self.strategy}, {self.tokens} token(s), seed {self.seed}: {exact}")
+
     def __str__(self) -> str:
         lines = [f"strategy {self.strategy}, {self.tokens} token(s), seed {self.seed}"]
         for b in self.blocks:
@@ -115,8 +120,8 @@ class Verification:
 def verify(
     spec: api.Spec,
     strategy: str = "stable",
-    only: Iterable[str] = (),
-    freeze: Iterable[str] = (),
+    only: Globs = (),
+    freeze: Globs = (),
     tokens: int = 1,
     seed: int = 0,
     width: int | None = None,

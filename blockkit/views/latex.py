@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from ..graph.graph import Graph, Node
 from ..graph.laws import Action
 from ..graph.ops import Activation, Add, LayerNorm, MatMul, Multiply, RMSNorm, Scale, Softcap, show_shape
-from ..planner.explain import condition_in_words
 from ..planner.plan import Plan, PlanStep
 from ..planner.route import Link, Step
 
@@ -184,7 +183,7 @@ def _step(graph: Graph, number: int, step: Step, shown: PlanStep) -> Iterator[st
     if step.conditions:
         yield r"It is exact if"
         yield r"\begin{itemize}"
-        yield from (rf"  \item {_text(condition_in_words(c))}" for c in step.conditions)
+        yield from (rf"  \item {_text(f'{c.text} ({c.kind.meaning})')}" for c in step.conditions)
         yield r"\end{itemize}"
 
 

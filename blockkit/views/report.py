@@ -12,6 +12,7 @@ from ..absorbing.metrics import probabilities
 from ..checkpoint.tokenizer import Tokenizer
 from ..comparison import Comparison, Side
 from ..design import catalog
+from ..graph.changes import Change, MatrixChange
 from ..patch.patch import Merged, Patch
 from ..patch.peft import Adapter
 from ..planner.explain import RULES, Explanation, derivation
@@ -87,8 +88,13 @@ def _side_json(side: Side) -> dict[str, Any]:
     }
 
 
+def plans_json(plan: Plan) -> dict[str, Any]:
+    """The JSON object of `plan`: the plan of the first kind of block, and under `blocks` those of all kinds."""
+    return plan_json(plan) | {"blocks": [{"kinds": list(p.blocks), **plan_json(p)} for p in plan.all]}
+
+
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The JSON object of `plan`."""
+    """One plan as JSON."""
     return {
         "strategy": plan.strategy,
         "steps": [
@@ -119,7 +125,11 @@ def render_plan(plan: Plan, form: str, title: str) -> str:
         return mermaid(plan)
     if form == "svg":
         return svg(plan, title)
-    return "\n".join([str(plan), "because", *(f"  {line}" for line in derivation(plan.graph, plan.route)), *RULES])
+    lines = [str(plan)]
+    for one in plan.all:
+        lines.append(f"because, for {'/'.join(one.blocks)}" if plan.others else "because")
+        lines.extend(f"  {line}" for line in derivation(one.graph, one.route))
+    return "\n".join([*lines, *RULES])
 
 
 def verification_json(found: Verification) -> dict[str, Any]:
@@ -152,10 +162,10 @@ def catalogue_text(entries: list[dict[str, str]]) -> str:
     for family in dict.fromkeys(e["family"] for e in entries):
         listed = [e for e in entries if e["family"] == family]
         lines.append(f"{family}: {listed[0]['note']}  ({listed[0]['source']})")
-        if len(listed) > 1:
-            lines.append("    " + ", ".join(e["name"] for e in listed[1:]))
+        if sizes := [e["name"] for e in listed if e["name"] != family]:
+            lines.append("    " + ", ".join(sizes))
     families = len({e["family"] for e in entries})
-    lines.append(f"\n{len(entries)} names of {families} families; a family's own name leaves its sizes open")
+    lines.append(f"\n{len(entries)} name(s) of {families} family(ies); a family's own name leaves its sizes open")
     return "\n".join(lines)
 
 
@@ -252,6 +262,41 @@ def absorbed_text(result: Mapping[str, Any]) -> str:
             "same changes applied as factors are far off. To run the edited model elsewhere, use --strategy stable"
         )
     return "\n".join(lines)
+
+
+def patch_json(patch: Patch) -> dict[str, Any]:
+    """The JSON object of `show`."""
+    return {
+        "made_for": dict(patch.made_for),
+        "strategy": patch.strategy,
+        "mode": patch.tokens,
+        "dtype": patch.dtype,
+        "validity": patch.validity,
+        "context_tokens": patch.context_length,
+        "query": list(patch.query),
+        "position_ids": patch.position_ids.tolist(),
+        "measured": dict(patch.measured),
+        "numbers": sum(_numbers(change) for change in patch.changes.values()),
+        "changes": patch.table().json(),
+    }
+
+
+def patch_text(patch: Patch) -> str:
+    """The page of `show`: what the patch was made for, what was measured, and its table."""
+    measured = ", ".join(f"{name} {value:.3g}" for name, value in patch.measured.items()) or "nothing"
+    return "\n".join(
+        [
+            f"made for {patch.made_for.get('architecture', 'an unknown model')}, strategy {patch.strategy}, "
+            f"{patch.dtype}, behind {patch.context_length} context token(s)",
+            f"measured when it was made: {measured}",
+            str(patch.table()),
+        ]
+    )
+
+
+def _numbers(change: Change) -> int:
+    """How many numbers hold it."""
+    return change.left.size + change.right.size if isinstance(change, MatrixChange) else change.delta.size
 
 
 def adapter_json(adapter: Adapter, patch: Patch) -> dict[str, Any]:

@@ -43,10 +43,14 @@ def svg(plan: Plan, title: str = "block") -> str:
     Raises:
         BadInput: there are too many components for a drawing.
     """
-    drawing = draw(plan.graph, plan.route)
-    layout = place([_size(b) for b in drawing.boxes], drawing.edges, 0, drawing.output)
     route = " + ".join(plan.route.parameters) or "nothing to do"
     notes = [f"strategy {plan.strategy}, {plan.numbers_stored} numbers stored", f"solves {_short(route, 76)}"]
+    return page(draw(plan.graph, plan.route), title, notes)
+
+
+def page(drawing: Drawing, title: str, notes: list[str]) -> str:
+    """A drawing on its page, with notes below the title."""
+    layout = place([_size(b) for b in drawing.boxes], drawing.edges, 0, drawing.output)
     return "\n".join(_Page(drawing, layout).lines(title, notes))
 
 

@@ -28,12 +28,11 @@ SHAPE = re.compile(r"`[^`]*\[[^\]`]*\]`")
 
 
 def public(module: str) -> list[tuple[str, Any]]:
-    """The public names of a module with what they stand for; `Session` is one by its own module."""
+    """The public names of a module with what they stand for."""
     if find_spec(NEEDS.get(module, "numpy")) is None:
         pytest.skip(f"{NEEDS[module]} is not installed")
     found = import_module(module)
-    names = [(name, getattr(found, name)) for name in found.__all__ if name not in WRITTEN_OUT]
-    return [*names, ("session.Session", import_module("blockkit.session").Session)] if module == "blockkit" else names
+    return [(name, getattr(found, name)) for name in found.__all__ if name not in WRITTEN_OUT]
 
 
 def functions(name: str, thing: Any) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -14,12 +14,12 @@ from blockkit.cli.commands import app
 from blockkit.graph.arrays import NumpyArrays
 from blockkit.graph.evaluate import evaluate
 from blockkit.graph.graph import Graph, Node, Parameter
-from blockkit.graph.laws import Condition, Kind
+from blockkit.graph.laws import Condition, Kind, legend
 from blockkit.graph.ops import Activation, Add, Concat, MatMul, Mix, Multiply, Op, RMSNorm, Scale, Softcap
 from blockkit.graph.packing import Packing
 from blockkit.graph.sizes import Size
 from blockkit.planner import unblocking as changes_module
-from blockkit.planner.explain import condition_in_words, derivation
+from blockkit.planner.explain import derivation
 from blockkit.planner.unblocking import Make, edited, smallest_changes
 from blockkit.planner.verdict import judge
 
@@ -153,7 +153,7 @@ rule 2 of restore: steer y to its contextual value, t = y_C
   rule 2 of steer: y = v + mlp.down_proj.out is solved for mlp.down_proj.out, u -> u + (t - y)   [Lemma 8 (outer bias)]
   rule 1 of steer: mlp.down_proj.out = mlp.down_proj @ mlp.hidden is solved for mlp.down_proj, \
 W' = W + (t - W z) z^T / |z|^2   [Lemma 6 (input side), Lemma 9 (outer matrix)]
-  if mlp.hidden is not zero as a vector (fails only on a set of measure zero)"""
+  if mlp.hidden is not zero as a vector [generic]"""
 
 
 def test_a_derivation_names_every_rule_and_node() -> None:
@@ -165,14 +165,28 @@ def test_a_derivation_names_every_rule_and_node() -> None:
     for route in routes:
         text = "\n".join(derivation(graph, route))
         assert all(link.node in text for step in route.steps for link in step.path)
-        assert all(condition_in_words(c) in text for c in route.conditions)
+        assert all(str(c) in text for c in route.conditions)
 
 
 def test_conditions_say_how_they_fail() -> None:
-    words = {kind: condition_in_words(Condition("n", "z is not zero", kind)) for kind in Kind}
-    assert words[Kind.GENERIC] == "z is not zero (fails only on a set of measure zero)"
-    assert words[Kind.OPEN] == "z is not zero (fails for whole regions of contexts)"
-    assert words[Kind.SIZE] == "z is not zero (depends on sizes that are still symbols)"
+    asked = [Condition("n", "z is not zero", kind) for kind in Kind]
+    assert [str(c) for c in asked] == [f"z is not zero [{tag}]" for tag in ("generic", "open", "size")]
+    assert legend(asked) == [
+        "[generic]: fails only on a set of measure zero",
+        "[open]: fails for whole regions of contexts",
+        "[size]: depends on sizes that are still symbols",
+    ]
+    assert legend(asked[1:2]) == ["[open]: fails for whole regions of contexts"] and legend([]) == []
+
+
+@pytest.mark.parametrize("name", ["gemma3", "t5-encoder", "rwkv"])
+def test_conditions_read_the_same_in_python_and_on_the_command_line(name: str) -> None:
+    verdict, (_, text) = bk.check(name), run("check", name)
+    assert text.startswith(str(verdict)) and str(bk.explain(name)).startswith(str(verdict))
+    tags = {c.kind for route in verdict.routes for c in route.conditions}
+    for shown in (text, str(bk.plan(name)) if verdict.patchable else text):
+        assert all(shown.count(f"[{kind.value}]: {kind.meaning}") <= 1 for kind in Kind)
+    assert all(f"[{kind.value}]: {kind.meaning}" in text for kind in tags)
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,9 +15,11 @@ from blockkit.absorbing.metrics import Comparison, compare
 from blockkit.absorbing.proof import require_exact
 from blockkit.absorbing.request import MODES
 from blockkit.errors import BadInput, ExactnessLost
+from blockkit.graph.graph import Globs, globs
+from blockkit.progress import Progress, silent
 
 from ..blocks.traced import Traced, trace
-from ..calling.arguments import Retained, decoder_ids, globs, keywords, places
+from ..calling.arguments import Retained, decoder_ids, keywords, places
 from ..calling.exclusive import sole_use
 from ..calling.interface import Interface
 from ..calling.numbers import readable
@@ -60,13 +62,14 @@ def absorb(
     tokens: str = "last",
     retain: Retained | None = None,
     merge: bool = False,
-    freeze: Iterable[str] = (),
+    freeze: Globs = (),
     context_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     decoder_input_ids: Tensor | None = None,
     inputs: Mapping[str, Any] | None = None,
     context_inputs: Mapping[str, Any] | None = None,
     example: Any = None,
+    progress: Progress | None = None,
 ) -> TorchPatch:
     """Absorbs the context into the parameters that the strategy chooses, in place of running it again.
 
@@ -82,13 +85,14 @@ def absorb(
             patch for all of them).
         retain: places in the context that stay: they run before the query, through the edited weights.
         merge: solve for weights into which the change is rounded, which also takes up what that rounding leaves.
-        freeze: globs of parameter names, within a block, that may not move.
+        freeze: one glob or several of parameter names, within a block, that may not move.
         context_mask, query_mask: `[batch, n]`, `[batch, q]`, 0 for padding on the left.
         decoder_input_ids: `[batch, t]`, for an encoder-decoder model: context and query are then what the encoder
             reads, and the patch is exact for the decoder's tokens.
         inputs: further arguments that the model is called with, context or not (the `memory` that it looks at).
         context_inputs: further arguments of the contextual call alone (`pixel_values`).
         example: see `trace`.
+        progress: called with a stage in words and the fraction of it that is done (`print` will do).
 
     Raises:
         BadInput: something given does not fit; the message says what is allowed.
@@ -100,7 +104,7 @@ def absorb(
     if tokens not in MODES:
         raise BadInput(f"tokens={tokens!r}; allowed are {', '.join(MODES)}")
     whole = joined(model, context, query, (context_mask, query_mask))
-    kept, held = places(retain, int(context.shape[1])), globs(freeze)
+    kept, held = places(retain, int(context.shape[1])), globs("freeze", freeze)
     both = keywords("inputs", inputs)
     decoder = decoder_ids(decoder_input_ids, len(query))
     if decoder:
@@ -109,6 +113,8 @@ def absorb(
         require_fitting(model, "decoder_input_ids", decoder_input_ids)
     own = {**both, **decoder}
     more = {**own, **keywords("context_inputs", context_inputs)}
+    report = progress or silent
+    report("finding the blocks", 0.0)
     traced = trace(model, (_of_one(both, len(query)) or None) if example is None else example)
     whole = replace(whole, positions=whole.positions + traced.first)
     runs = _runs(placed(model, interface, traced, whole, more), query, kept, tokens, (more, own))
@@ -118,26 +124,35 @@ def absorb(
     capacity = None if task.per_row else runs.reduced.batch * runs.served
     while True:
         try:
-            return _absorbed(model, interface, traced, runs, task, tokens, capacity)
+            return _absorbed(model, interface, traced, runs, task, tokens, capacity, report)
         except NeverRead as error:  # then another parameter has to do
             task = replace(task, frozen=(*task.frozen, error.parameter))
 
 
 def _absorbed(
-    model: nn.Module, interface: Interface, traced: Traced, runs: Runs, task: Task, tokens: str, capacity: int | None
+    model: nn.Module,
+    interface: Interface,
+    traced: Traced,
+    runs: Runs,
+    task: Task,
+    tokens: str,
+    capacity: int | None,
+    report: Progress,
 ) -> TorchPatch:
     traced, chosen = plans(traced, task, capacity)
     rows = Rows(runs.reduced.batch, runs.served)
     with torch.no_grad(), sole_use(model):
-        wanted, target = contextual_run(model, interface, traced, chosen, runs, rows)
+        wanted, target = contextual_run(model, interface, traced, chosen, runs, rows, report)
         solver = Solver(
             model, traced, rows, chosen, task=task, target=target, capacity=capacity,
             dtype=model_dtype(model), stored=originals(model), length=_length(runs),
+            report=report, stage="absorbing",
         )  # fmt: skip
         with suppress(Finished), solver.watching():
             call(model, interface, runs.reduced, rows.tokens, runs.more[1])
         solver.require_all()
         before = runs.contextual.length - runs.query
+        report("running the edited model", 0.0)
         patch = absorbed_patch(model, interface, task, solver, tokens, before, runs.reduced)
         with worn(patch, model):
             own = call(model, interface, runs.reduced, rows.tokens, runs.more[1])
@@ -148,10 +163,16 @@ def _absorbed(
 
 
 def contextual_run(
-    model: nn.Module, interface: Interface, traced: Traced, chosen: Mapping[int, Chosen | None], runs: Runs, rows: Rows
+    model: nn.Module,
+    interface: Interface,
+    traced: Traced,
+    chosen: Mapping[int, Chosen | None],
+    runs: Runs,
+    rows: Rows,
+    report: Progress = silent,
 ) -> tuple[Tensor, dict[int, Seen]]:
     """The logits `[batch, served, vocabulary]` of the contextual run, and what every block showed."""
-    watcher = Watcher(model, traced, rows, chosen)
+    watcher = Watcher(model, traced, rows, chosen, report=report, stage="running the contextual model")
     with watcher.watching():
         logits = call(model, interface, runs.contextual, rows.tokens, runs.more[0])
     return logits, watcher.seen

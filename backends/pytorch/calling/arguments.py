@@ -20,14 +20,6 @@ def require_whole(name: str, value: Any, least: int) -> None:
         raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r:.60}")
 
 
-def globs(freeze: Any) -> tuple[str, ...]:
-    """Patterns of parameter names; one alone may stand without a list."""
-    found = (freeze,) if isinstance(freeze, str) else tuple(freeze) if isinstance(freeze, Iterable) else (None,)
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise BadInput(f"freeze must be a list of globs of parameter names ('*.bias'), got {freeze!r:.60}")
-    return found
-
-
 def keywords(name: str, value: Any) -> dict[str, Any]:
     """Further keyword arguments of the model's forward; none of those that are worked out from context and query."""
     if value is None:

@@ -12,7 +12,7 @@ from blockkit.errors import BadInput, blamed
 from blockkit.patch.patch import Patch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TorchPatch(Patch):
     """See `blockkit.Patch`; positions are a tensor, to be passed on.
 

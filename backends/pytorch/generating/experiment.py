@@ -44,7 +44,7 @@ class TransformersExperiment:
     def __init__(
         self, model: nn.Module, ids: list[int], settings: Settings, query: int = 1, stops: bool = True
     ) -> None:
-        s = settings
+        s = self.settings = settings
         self.model, self.query, self.alone = model, query, s.tokens == "each"
         self.prompt = torch.tensor([ids], device=next(model.parameters()).device)
         self.largest_logit, self.chosen = 0.0, np.zeros(0, int)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blockkit.progress import Progress, silent
+
 from ..blocks.finding import at, replaced
 from ..blocks.traced import Block, Traced
 from ..blocks.translate import STREAM, Tap
@@ -59,6 +61,7 @@ class Watcher:
     """Follows a run through the blocks; subclasses act on what it shows.
 
     Attributes:
+        report, stage: what is told, as each block begins, under which name.
         chosen: by place of the block: its plan, and the taps that are watched; None for a block left alone.
     """
 
@@ -68,10 +71,13 @@ class Watcher:
     chosen: Mapping[int, Chosen | None]
     place: int = -1
     seen: dict[int, Seen] = field(default_factory=dict)
+    report: Progress = silent
+    stage: str = ""
 
     def entered(self, place: int, stream: Tensor) -> None:
         """A block is about to run on `stream`."""
         self.place = place
+        self.report(self.stage, place / len(self.traced.blocks))
         self.seen[place] = Seen({STREAM: self.rows.of(stream, self.traced.blocks[place].axis).clone()})
 
     def left(self, place: int, stream: Tensor, again: Again) -> Tensor | None:
