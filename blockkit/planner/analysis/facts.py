@@ -29,7 +29,7 @@ class Facts:
             return f"{name} is frozen; freeing it would help"
         if name in self.graph.before_mixing:
             own = {self.graph.node[reader].op for reader, _ in self.graph.uses[name]}
-            if len(own) == 1 and (op := own.pop()).mixing and op.kind != "mix":
+            if len(own) == 1 and (op := own.pop()).mixing and " " in op.kind:  # in words, by a front end
                 return f"{name} is a weight of a {op.kind}, which no law inverts"
             return f"{name} lies upstream of a mixing node, which no law inverts"
         return None
