@@ -23,6 +23,11 @@ class TorchPatch(Patch):
     device: str = field(default="cpu", compare=False)
 
     @property
+    def query_ids(self) -> Tensor:
+        """The query, `[batch, tokens]`, int64."""
+        return torch.as_tensor(super().query_ids, device=self.device)
+
+    @property
     def position_ids(self) -> Tensor:
         """The query's positions, `[batch, tokens]`, int64."""
         return torch.as_tensor(super().position_ids, device=self.device)
