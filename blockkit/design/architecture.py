@@ -143,6 +143,9 @@ class Embedding:
         vocabulary: number of tokens.
         scale: the embedding is multiplied by it (Gemma: the square root of the width).
         positions: number of learned absolute positions; None for none.
+
+    Raises:
+        BadInput: a value has a wrong type.
     """
 
     vocabulary: int | str
@@ -161,6 +164,9 @@ class Head:
         bias: a learned shift of the logits.
         scale: the logits are multiplied by it.
         softcap: the logits are capped to softcap * tanh(logits / softcap), at the end.
+
+    Raises:
+        BadInput: a value has a wrong type.
     """
 
     tied: bool | str = True
@@ -174,7 +180,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Layers:
-    """Which block stands where: `pattern` is repeated until there are `count` layers."""
+    """Which block stands where: `pattern` is repeated until there are `count` layers.
+
+    Raises:
+        BadInput: a value has a wrong type.
+    """
 
     pattern: tuple[str, ...]
     count: int | str

@@ -56,7 +56,7 @@ def write_patch(
 
     tensors = _tensors(changes) | {CONTEXTUAL + k: np.ascontiguousarray(v) for k, v in contextual.items()}
     header = {"format": f"blockkit-patch {FORMAT}", "validity": validity, "patch": json.dumps(facts, sort_keys=True)}
-    write_file(path, _in_order(save(tensors, header | {"sha256": digest(header, tensors)})))
+    write_file(path, in_order(save(tensors, header | {"sha256": digest(header, tensors)})))
 
 
 def read_patch(source: Path) -> tuple[dict[str, Any], dict[str, Change]]:
@@ -117,7 +117,7 @@ def _require_undamaged(header: Mapping[str, str], tensors: Mapping[str, np.ndarr
         raise ValueError("its facts or numbers are not those that were written")
 
 
-def _in_order(content: bytes) -> bytes:
+def in_order(content: bytes) -> bytes:
     """A safetensors file with its header in one order: the library writes the facts in any."""
     size = int.from_bytes(content[:8], "little")
     text = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()

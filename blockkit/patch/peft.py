@@ -23,6 +23,7 @@ from ..errors import BadInput, ExactnessLost, MissingDependency, NotPatchable
 from ..extras import reason
 from ..graph.changes import Change, MatrixChange
 from ..progress import Progress
+from .file import in_order
 from .patch import Patch
 
 GROUP = "blockkit.adapters"
@@ -225,7 +226,7 @@ def _weights(patch: Patch, changes: Mapping[str, MatrixChange]) -> bytes:
         tensors[f"base_model.model.{path}.lora_A.weight"] = np.ascontiguousarray(change.right, np.float32)
         tensors[f"base_model.model.{path}.lora_B.weight"] = np.ascontiguousarray(change.left.T, np.float32)
     positions = json.dumps(patch.position_ids.tolist())
-    return save(tensors, {"format": "pt", "validity": patch.validity, "position_ids": positions})
+    return in_order(save(tensors, {"format": "pt", "validity": patch.validity, "position_ids": positions}))
 
 
 def _reloader() -> Any:

@@ -59,7 +59,11 @@ class Lowering:
 
 
 class Component:
-    """Base of the components; `kind` is the name in YAML."""
+    """Base of the components; `kind` is the name in YAML.
+
+    Raises:
+        BadInput: a setting has a wrong type, or a signal is none.
+    """
 
     kind: ClassVar[str] = ""
     name: str = ""
