@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a class among components": (lambda: bk.Block("a", nodes={"a": bk.MLP}), "Block: nodes must be a mapping"),
     "a list of components": (lambda: bk.Block("a", nodes=[X]), "Block: nodes must be a mapping"),
     "no width": (lambda: bk.Block(BLOCK.output, None, BLOCK.nodes), "Block: width must be a whole number"),
-    "a number for a list of globs": (lambda: bk.Block(BLOCK.output, 8, BLOCK.nodes, tied=3), "tied must be a list of globs"),
+    "a number for a list of globs": (lambda: bk.Block(BLOCK.output, 8, BLOCK.nodes, tied=3), "tied must be a list of"),
     "a class for one of the blocks": (lambda: bk.Architecture("a", 8, {"b": bk.Block}), "Architecture: blocks must"),
     "blocks without names": (lambda: bk.Architecture("a", 8, [BLOCK]), "Architecture: blocks must be a mapping"),
 }  # fmt: skip
