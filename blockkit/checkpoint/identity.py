@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_file
 from ..errors import BadInput
 from ..fingerprint import all_leaves, leaf, root
 from ..json_reader import parse_json
@@ -87,7 +87,4 @@ def _remembered(identity: str) -> dict[str, str] | None:
 
 def _remember(identity: str, leaves: Mapping[str, str]) -> None:
     with suppress(BadInput, OSError):  # a cache that cannot be written only costs time
-        note = _note(identity)
-        partial = note.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(leaves))
-        partial.replace(note)
+        write_file(_note(identity), json.dumps(leaves).encode())

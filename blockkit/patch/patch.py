@@ -20,7 +20,7 @@ from ..checkpoint.folder import write_folder
 from ..checkpoint.model import Model, open_model, stored_name
 from ..display import figure, tagged
 from ..errors import BadInput, BlockkitError
-from ..graph.changes import Change, dense, digest, narrowed, shape_of
+from ..graph.changes import Change, dense, narrowed, shape_of
 from ..graph.graph import Globs
 from .file import changes_digest, read_patch, write_patch
 from .in_place import Receipt, backend_of
@@ -324,8 +324,8 @@ class Patch:
         """Whether two patches are one, perhaps saved and loaded in between."""
         if self is other:
             return True
-        mine, its = ((dict(p.made_for), p.query, p.changes.keys()) for p in (self, other))
-        return mine == its and all(digest(self.changes[s]) == digest(other.changes[s]) for s in self.changes)
+        mine, its = ((dict(p.made_for), p.query, p._changes_digest) for p in (self, other))
+        return mine == its
 
     def require_mergeable(self) -> None:
         """Refuses a patch that has no merged form.

@@ -261,6 +261,11 @@ class Factored:
     slots: Mapping[str, Mapping[int | None, Slot]]
     factors: Factors = field(default_factory=Factors)
 
+    @staticmethod
+    def of(patch: Patch, parameters: Mapping[str, list[Slot]]) -> Factored:
+        """For the slots of each parameter; see `by_parameter`."""
+        return Factored(patch, {name: {slot.index: slot for slot in own} for name, own in parameters.items()})
+
     def __call__(self, event: Event) -> Tensor | None:
         beside: dict[str, Change] = {}
         stacks: dict[str, Tensor] = {}
@@ -319,8 +324,8 @@ class Factored:
 
 
 def _put_beside(patch: Patch, model: nn.Module, slots: Mapping[str, Slot]) -> tuple[ChangedParameter, ...]:
-    parameters = {name: {slot.index: slot for slot in own} for name, own in by_parameter(slots).items()}
-    handler = Factored(patch, parameters)
+    parameters = by_parameter(slots)
+    handler = Factored.of(patch, parameters)
     restore_all = intercept(model, list(parameters), handler)
     try:
         found = named(model)

@@ -33,8 +33,7 @@ def worn(patch: Patch, model: nn.Module) -> Iterator[None]:
                 under = {name: _under(known[name], whole_value(own, values)) for name, own in parameters.items()}
             handler = OfThread(values=under)
         else:
-            by_index = {name: {slot.index: slot for slot in own} for name, own in parameters.items()}
-            handler = OfThread(Factored(patch, by_index))
+            handler = OfThread(Factored.of(patch, parameters))
         restore = intercept(model, list(parameters), handler)
         try:
             yield
