@@ -22,9 +22,8 @@ from .options import (
     Strategy,
     filtered,
     own_components,
-    require_apart,
     require_known,
-    require_writable,
+    require_output,
     spec_files,
 )
 from .output import printable, show
@@ -133,8 +132,7 @@ def verify(
     from ..views.report import verification_json
 
     if dump is not None:
-        require_apart(dump, "--dump", [*spec_files(spec), components])
-        require_writable(dump, "--dump")
+        require_output(dump, "--dump", [*spec_files(spec), components])
     found = verify_spec(
         spec, strategy, only or (), freeze or (), tokens, seed, width, block, own_components(components)
     )

@@ -22,7 +22,7 @@ from .options import (
     require_apart,
     require_known,
     require_one_stdin,
-    require_writable,
+    require_output,
     text_of,
 )
 from .output import progress, show
@@ -51,8 +51,7 @@ def absorb(
         require_known("--strategy", strategy, STRATEGIES)
     require_one_stdin(context, query)
     if out is not None:
-        require_apart(out, "--out", [*model_files(model), *files_of(context, query)])
-        require_writable(out)
+        require_output(out, "--out", [*model_files(model), *files_of(context, query)])
     texts = text_of("--context", context), text_of("--query", query)
     session = _open_session(model, backend, dtype)
     with progress() as report:
@@ -79,7 +78,7 @@ def show_(
 
     if plot is not None:
         require_suffix("--plot", plot, PLOTS)
-        require_writable(plot, "--plot")
+        require_output(plot, "--plot", [patch])
         require("matplotlib")
     loaded = Patch.load(patch)
     if plot is not None:
@@ -168,13 +167,11 @@ def generate(
     for option, file, kinds in (("--metrics", metrics, report_.METRICS), ("--plot", plot, report_.PLOTS)):
         if file is not None:
             report_.require_suffix(option, file, kinds)
-            require_apart(file, option, [*model_files(model), *files_of(prompt)])
-            require_writable(file, option)
+            require_output(file, option, [*model_files(model), *files_of(prompt)])
     if plot is not None:
         require("matplotlib")
     if out is not None:
-        require_apart(out, "--out", [*model_files(model), *files_of(prompt)])
-        require_writable(out)
+        require_output(out, "--out", [*model_files(model), *files_of(prompt)])
     text = text_of("--prompt", prompt)
 
     with progress() as report:

@@ -138,6 +138,16 @@ def spec_files(spec: str) -> list[Path]:
     return [Path(spec.removeprefix("hf:"))]
 
 
+def require_output(out: Path, option: str, inputs: Iterable[Path | None]) -> None:
+    """Finds out before the work whether a file can be written, and is none of the inputs.
+
+    Raises:
+        BadInput: it is an input, no ordinary file, or its folder cannot be written into.
+    """
+    require_apart(out, option, inputs)
+    _require_writable(out, option)
+
+
 def require_apart(out: Path, option: str, inputs: Iterable[Path | None]) -> None:
     """Refuses an output that is an input, by any name or link, or would lie inside a folder that is one.
 
@@ -196,7 +206,7 @@ def own_components(file: Path | None) -> tuple[Any, ...]:
     return () if file is None else components_from(file)
 
 
-def require_writable(out: Path, option: str = "--out") -> None:
+def _require_writable(out: Path, option: str) -> None:
     """Finds out before the work, not after it."""
     try:
         if out.is_dir():

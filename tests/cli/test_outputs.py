@@ -100,6 +100,13 @@ def test_no_output_is_an_input(call: Any, model: Path, tmp_path: Path) -> None:
         ) + digest(model)
 
 
+def test_a_plot_does_not_take_the_patchs_place(call: Any, model: Path, tmp_path: Path) -> None:
+    assert call(*ABSORB, "--model", model, *TEXTS, "--out", "patch.svg")[0] == 0
+    before = (tmp_path / "patch.svg").read_bytes()
+    status, _, err = call("show", "patch.svg", "--plot", tmp_path / "patch.svg")
+    assert status == 2 and "which is read" in err and (tmp_path / "patch.svg").read_bytes() == before
+
+
 def test_another_place_is_fine(call: Any, model: Path, tmp_path: Path) -> None:
     assert call(*ABSORB, "--model", model, *TEXTS, "--out", tmp_path / "model.safetensors")[0] == 0
     assert call("apply", "--model", model, "--patch", "model.safetensors", "--out", "edited")[0] == 0
